@@ -1,0 +1,51 @@
+"""What a net hands to a loss, and what a loader hands to both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The outputs of a net on one batch; what a loss has not asked for may be missing.
+
+    Attributes:
+        logits: `(N, C)`.
+        features: A map `(N, C_i, H_i, W_i)` for each stage, after the stage's last ReLU.
+        preacts: The same maps before that ReLU.
+        embedding: `(N, D)`, the input of the classifier.
+    """
+
+    logits: Tensor
+    features: tuple[Tensor, ...] = field(default=())
+    preacts: tuple[Tensor, ...] = field(default=())
+    embedding: Tensor | None = None
+
+    def float(self) -> Outputs:
+        """Returns the same outputs in float32: losses are computed in full precision under autocast."""
+        return Outputs(
+            self.logits.float(),
+            tuple(m.float() for m in self.features),
+            tuple(m.float() for m in self.preacts),
+            None if self.embedding is None else self.embedding.float(),
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of samples under the view that their epoch gives them.
+
+    Attributes:
+        images: `(N, C, H, W)` float32, augmented and normalised.
+        labels: `(N,)` int64.
+        indices: `(N,)` int64, the samples' positions in the dataset's own training (or test) list, whatever
+            part of it was drawn.
+        views: `(N,)` int64, which of the augmentation's views each image shows; 0 is the plain image.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    views: Tensor

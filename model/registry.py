@@ -1,0 +1,165 @@
+"""Names in params.json -> callables; the signature of a callable is the schema of its section.
+
+One rule holds for nets, losses, datasets, optimizers and schedules alike: *positional* parameters are
+given by the program (the number of classes, the parameters to optimise), *keyword-only* parameters are
+the options that a user may write into params.json. Types and ranges stand in the annotations
+(`Annotated[float, Field(gt=0)]`), meanings in the `Args:` part of the docstring.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, ValidationError, create_model
+from pydantic_core import ErrorDetails
+
+Problem = tuple[str, str]  # (dotted key below the section, what is wrong with it and what to do)
+
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Registry:
+    """A set of named callables of one kind, and the schema of the params.json section that picks one.
+
+    Args:
+        kind: What an entry is, for messages: `net`, `loss`, `dataset`, ...
+        common: A callable whose keyword-only parameters every entry of this registry accepts besides its
+            own (the batch size of every dataset, say). `create` does not pass them on: see `split`.
+    """
+
+    def __init__(self, kind: str, common: Callable[..., Any] | None = None) -> None:
+        self.kind = kind
+        self.common = common
+        self._entries: dict[str, Callable[..., Any]] = {}
+
+    def register(self, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Returns a decorator that registers a callable under `name`.
+
+        A name that ends with "/" is a family: `"torchvision/resnet50"` calls the entry `"torchvision/"`
+        with `"resnet50"` before all other arguments.
+
+        Raises:
+            ValueError: The name is taken, or the callable takes `**kwargs` (a typo would pass silently).
+        """
+
+        def add(entry: Callable[..., Any]) -> Callable[..., Any]:
+            if name in self._entries:
+                raise ValueError(f"{self.kind} '{name}' is registered twice: {self._entries[name]!r} and {entry!r}")
+            if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(entry).parameters.values()):
+                raise ValueError(f"{self.kind} '{name}' takes **kwargs; name its options, so that typos are found")
+            self._entries[name] = entry
+            return entry
+
+        return add
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._entries))
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        """Returns the callable registered under `name`.
+
+        Raises:
+            KeyError: With a message that names the nearest known entry.
+        """
+        if name in self._entries and not name.endswith("/"):
+            return self._entries[name]
+        family, slash, member = name.partition("/")
+        if slash and member and family + slash in self._entries:
+            return functools.partial(self._entries[family + slash], member)
+        raise KeyError(f"unknown {self.kind} {name!r}; {suggest(name, self)}")
+
+    def create(self, section: Mapping[str, Any], *context: Any) -> Any:
+        """Calls the entry that `section["name"]` picks with `context` and the section's other options."""
+        own, _ = self.split(section)
+        return self[section["name"]](*context, **own)
+
+    def split(self, section: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns a section's options as (the entry's own, those that are common to all entries)."""
+        common = options_of(self.common) if self.common else {}
+        rest = {k: v for k, v in section.items() if k != "name"}
+        return {k: v for k, v in rest.items() if k not in common}, {k: v for k, v in rest.items() if k in common}
+
+    def resolve(self, section: Any) -> tuple[dict[str, Any], list[Problem]]:
+        """Checks a section against the signature of its entry and fills in the defaults.
+
+        Returns:
+            The section with every option, and all that is wrong with it (then the section is not usable).
+        """
+        if not isinstance(section, Mapping):
+            return {}, [("", f'expected {{"name": ..., options}}, got {section!r}')]
+        name = section.get("name")
+        if not isinstance(name, str):
+            return {}, [("name", f"{'is missing' if name is None else f'{name!r} is not a name'}; {suggest('', self)}")]
+        try:
+            entry = self[name]
+        except KeyError as error:
+            return {}, [("name", str(error.args[0]))]
+        options = {key: value for key, value in section.items() if key != "name"}
+        resolved, problems = check_options(options, entry, *([self.common] if self.common else []))
+        return {"name": name, **resolved}, problems
+
+
+def suggest(name: str, known: Any) -> str:
+    """Returns "did you mean 'x'?" for a near miss, else the list of what is known."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+
+
+def options_of(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
+    """Returns the options of a callable, its keyword-only parameters, as name -> (annotation, default).
+
+    The default of a required option is `...` (pydantic's mark).
+    """
+    target = function.func if isinstance(function, functools.partial) else function
+    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+    parameters = inspect.signature(target).parameters.values()
+    return {
+        p.name: (hints[p.name], ... if p.default is p.empty else p.default)
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY
+    }
+
+
+def check_options(
+    options: Mapping[str, Any], *functions: Callable[..., Any]
+) -> tuple[dict[str, Any], list[Problem]]:
+    """Checks options against the signatures of `functions` together, strictly, and fills in defaults."""
+    fields: dict[str, Any] = {}
+    for function in functions:
+        fields.update(options_of(function))
+    schema = create_model("Options", __config__=STRICT, **fields)
+    try:
+        return schema.model_validate(dict(options)).model_dump(), []
+    except ValidationError as error:
+        return {}, [_problem(detail, fields) for detail in error.errors()]
+
+
+_SENTENCES = {
+    "missing": "is missing and has no default",
+    "greater_than": "{input} is not above {gt}",
+    "greater_than_equal": "{input} is below {ge}",
+    "less_than": "{input} is not below {lt}",
+    "less_than_equal": "{input} is above {le}",
+    "finite_number": "{input} is not a finite number",
+    "float_type": "expected a number, got {input}",
+    "int_type": "expected a whole number, got {input}",
+    "int_from_float": "expected a whole number, got {input}",
+    "bool_type": "expected true or false, got {input}",
+    "string_type": "expected text, got {input}",
+    "list_type": "expected a list, got {input}",
+    "literal_error": "{input} is not one of {expected}",
+}
+
+
+def _problem(detail: ErrorDetails, known: Mapping[str, Any]) -> Problem:
+    # A union reports each of its branches below the key: the option itself is the first element.
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return key, f"unknown option; {suggest(key, known)}"
+    sentence = _SENTENCES.get(detail["type"], detail["msg"])
+    return key, sentence.format(input=repr(detail["input"]), **detail.get("ctx", {}))
