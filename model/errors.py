@@ -16,3 +16,10 @@ class InputError(ValueError):
     def __init__(self, message: str, reason: str = "params") -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class DivergedError(ArithmeticError):
+    """Training produced a loss or weights that are not finite."""
+
+    exit_status = 1
+    reason = "diverged"

@@ -59,6 +59,10 @@ class Registry:
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._entries))
 
+    def items(self) -> Iterator[tuple[str, Callable[..., Any]]]:
+        """Yields (name, callable) in the order of names; a family under its name with the "/"."""
+        yield from sorted(self._entries.items())
+
     def __getitem__(self, name: str) -> Callable[..., Any]:
         """Returns the callable registered under `name`.
 

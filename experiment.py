@@ -1,0 +1,414 @@
+"""The experiment directory: its states, its lock, its checkpoints and its journal.
+
+    params.json                  the only input, written by a person or a search
+    run.json                     status, attempts, provenance
+    train.log                    appended, one header line per attempt
+    metrics.jsonl                one line per epoch, cut back to the checkpoint on resume
+    last.pth.tar                 the newest state: the single commit point, everything below follows from it
+    prev.pth.tar                 the state before it, for when last.pth.tar is damaged
+    best.pth.tar                 the state with the best validation accuracy
+    metrics_val_{best,last}_weights.json
+
+Write order: journal, last.pth.tar, best.pth.tar, derived JSON. After a crash at any point the same command
+goes on from last.pth.tar, cuts the journal to the length that it records and restores what follows from it.
+torch is imported only by what reads or writes a checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import platform
+import time
+import uuid
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from utils import (
+    FAILED,
+    TEMPORARY,
+    Params,
+    RunError,
+    differences,
+    follow,
+    link_file,
+    log,
+    provenance,
+    read_json,
+    storage_error,
+    write_file,
+    write_json,
+)
+
+MAGIC = b"KDCKPT1\n"
+LOCK_SECONDS = 5.0  # a killed run's lock is free at once; this covers one that is just ending
+# Params that may differ between the attempts of one run: they say where things are or when to stop.
+# What they lead to, data and teacher, is compared by content.
+MAY_CHANGE = (
+    "num_epochs",
+    "checkpoint_minutes",
+    "dataset.data_dir",
+    "dataset.cache_dir",
+    "dataset.download",
+    "teacher.model_dir",
+)
+WRITTEN = (
+    "run.json",
+    "metrics.jsonl",
+    "metrics_*.json",
+    "*_weights.csv",
+    "*_weights.npz",
+    "*.pth.tar",
+    "events.out.tfevents.*",
+)
+
+
+# --- checkpoint files -------------------------------------------------------------------------------------
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any]) -> str:
+    """Writes a checkpoint that verifies itself: torch's zip format, then MAGIC and the SHA-256 of all before.
+
+    Returns:
+        The SHA-256 in hex.
+    """
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    content = buffer.getvalue()
+    digest = hashlib.sha256(content)
+    write_file(path, content + MAGIC + digest.digest())
+    return digest.hexdigest()
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Any], str]:
+    """Reads, verifies and parses a checkpoint, on the CPU; nothing in it is executed.
+
+    Returns:
+        The state and the SHA-256 of its content in hex.
+
+    Raises:
+        RunError: Reason `checkpoint`: missing, damaged, or not written by this program.
+    """
+    import torch
+
+    def unusable(why: str) -> RunError:
+        return RunError(f"{path}: {why}", "checkpoint", FAILED)
+
+    if not path.is_file():  # also: a FIFO, which must not be opened
+        raise unusable("is not a file" if path.exists() else "does not exist")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise unusable(f"cannot be read: {error.strerror}") from None
+    content, trailer = data[: -len(MAGIC) - 32], data[-len(MAGIC) - 32 :]
+    if not trailer.startswith(MAGIC):
+        raise unusable("has no verification trailer: cut short, or written by another program")
+    digest = hashlib.sha256(content)
+    if trailer[len(MAGIC) :] != digest.digest():
+        raise unusable("is damaged: its content does not match its SHA-256")
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("has compressed entries, which torch never writes")
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a hostile file makes of the parser
+        raise unusable(f"cannot be parsed: {str(error).splitlines()[0]}") from None
+    if not isinstance(state, dict) or not {"epoch", "net", "state_dict"} <= state.keys():
+        raise unusable("is not a checkpoint of an experiment: it lacks epoch, net or state_dict")
+    return state, digest.hexdigest()
+
+
+# --- the directory ----------------------------------------------------------------------------------------
+
+
+def read_status(model_dir: Path) -> str:
+    """Returns pending, running, stale, completed, failed, interrupted or pruned; takes no lasting lock."""
+    path = model_dir / "run.json"
+    if not path.exists():
+        return "pending"
+    status = str(read_json(path).get("status", "pending"))
+    return "stale" if status == "running" and not is_locked(model_dir) else status
+
+
+def is_locked(model_dir: Path) -> bool:
+    """Tells whether a live process holds the directory."""
+    path = model_dir / ".lock"
+    if not path.exists():
+        return False
+    try:
+        with FileLock(path, timeout=0):
+            return False
+    except (Timeout, OSError):
+        return True
+
+
+class Experiment:
+    """One experiment directory, as `train.py` writes it.
+
+    Args:
+        model_dir: The directory; it must hold a params.json.
+
+    Attributes:
+        best: Validation metrics of the best epoch so far with its number, or None.
+    """
+
+    def __init__(self, model_dir: str | Path) -> None:
+        self.dir = Path(model_dir)
+        self.last, self.prev, self.best_file = (self.dir / f"{name}.pth.tar" for name in ("last", "prev", "best"))
+        self.journal = self.dir / "metrics.jsonl"
+        self.best: dict[str, Any] | None = None
+        self._run_id = uuid.uuid4().hex
+        self._run: dict[str, Any] = {}
+        self._identity: dict[str, Any] = {}
+        self._board: Any = None
+
+    def is_finished(self, params: Params) -> bool:
+        """Tells whether a run with these params has ended and no more epochs are asked for.
+
+        Raises:
+            RunError: The directory holds a run with other params.
+        """
+        run = self._read_run()
+        if not run:
+            return False
+        self._refuse_other_params(run.get("params", {}), params)
+        return run.get("status") == "completed" and run.get("epoch", 0) >= params.num_epochs
+
+    @contextlib.contextmanager
+    def attempt(
+        self,
+        params: Params,
+        identity: Mapping[str, str | None],
+        *,
+        restart: bool = False,
+        **details: Any,
+    ) -> Iterator[dict[str, Any] | None]:
+        """Holds the directory for one attempt at training and records how it ends.
+
+        Args:
+            params: What is trained.
+            identity: Hashes of what else decides the result (data, teacher): a resume with others is refused.
+            restart: Begin anew: what an earlier run wrote is removed, except train.log.
+            details: What else run.json shall say of this attempt.
+
+        Yields:
+            The checkpoint to go on from, or None at the beginning.
+
+        Raises:
+            RunError: Locked (75), other params or data than the run began with (2), no usable checkpoint (1).
+        """
+        lock = self._acquire()
+        try:
+            for litter in self.dir.glob(".*.tmp"):
+                litter.unlink(missing_ok=True)
+            if restart:
+                for pattern in WRITTEN:
+                    for path in self.dir.glob(pattern):
+                        path.unlink()
+            run = self._read_run()
+            self._refuse_other_params(run.get("params", {}), params)
+            state = self._load()
+            self._identity = dict(identity)
+            if state is not None:
+                self._refuse_other_inputs(state)
+            self.best = self._restore_best(state)
+            self._cut_journal(0 if state is None else state["journal_bytes"])
+            started = {**provenance(), **details, "from_epoch": state["epoch"] if state else 0}
+            self._run = {
+                "status": "running",
+                "reason": None,
+                "run_id": self._run_id,
+                "epoch": started["from_epoch"],
+                "num_epochs": params.num_epochs,
+                "best": self.best,
+                "params": params.dict,
+                **{key: value for key, value in self._identity.items() if value is not None},
+                "attempts": [*run.get("attempts", []), started],
+            }
+            write_json(self.dir / "run.json", self._run)
+            clock = time.monotonic()
+            try:
+                yield state
+            except BaseException as error:
+                reason = getattr(error, "reason", None) or type(error).__name__
+                stopped = reason in ("signal", "preempted") or isinstance(error, KeyboardInterrupt)
+                with contextlib.suppress(RunError):  # the error itself matters more than recording it
+                    self._end("interrupted" if stopped else "failed", str(reason), time.monotonic() - clock)
+                raise
+            self._end("completed", None, time.monotonic() - clock)
+        finally:
+            if self._board is not None:
+                self._board.close()
+            lock.release()
+
+    def record(self, state: Mapping[str, Any], record: Mapping[str, Any], progress: Mapping[str, float]) -> bool:
+        """Commits a finished epoch.
+
+        Args:
+            state: What a resume needs, of plain types and tensors.
+            record: The journal's line: `epoch`, `train` and `val` metrics; `val.accuracy` selects the best.
+            progress: What differs from run to run (seconds, images per second): run.json and TensorBoard only.
+
+        Returns:
+            Whether this epoch is the best so far.
+        """
+        val = {**record["val"], "epoch": record["epoch"]}
+        is_best = self.best is None or val["accuracy"] > self.best["accuracy"]
+        if is_best:
+            self.best = val
+        self._append(record)
+        self.save({**state, "metrics": val})
+        if is_best:
+            link_file(self.last, self.best_file)
+        self._write_metrics(val)
+        self._run |= {"epoch": record["epoch"], "best": self.best, "progress": dict(progress)}
+        write_json(self.dir / "run.json", self._run)
+        self._scalars(record, progress)
+        return is_best
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Publishes a state as last.pth.tar and keeps the one before as prev.pth.tar."""
+        self._refuse_if_taken_over()
+        if self.last.is_file():
+            link_file(self.last, self.prev)
+        extra = {"format": 1, "best": self.best, "journal_bytes": self._journal_size(), "identity": self._identity}
+        save_checkpoint(self.last, {**state, **extra})
+
+    # --- what stands behind them ---
+
+    def _acquire(self) -> FileLock:
+        lock = FileLock(self.dir / ".lock", timeout=LOCK_SECONDS)
+        try:
+            lock.acquire()
+        except Timeout:
+            holder = (self._read_run().get("attempts") or [{}])[-1]
+            who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')} since {holder.get('started', '?')}"
+            line = f"{self.dir} is in use by {who}; wait for it or stop it"
+            raise RunError(line, "locked", TEMPORARY) from None
+        except OSError as error:
+            raise storage_error(error, self.dir / ".lock") from error
+        return lock
+
+    def _read_run(self) -> dict[str, Any]:
+        path = self.dir / "run.json"
+        return read_json(path) if path.exists() else {}
+
+    def _refuse_other_params(self, old: Mapping[str, Any], params: Params) -> None:
+        changes = {k: v for k, v in differences(old, params.dict).items() if k not in MAY_CHANGE} if old else {}
+        if changes:
+            listed = "; ".join(f"{key}: {change}" for key, change in changes.items())
+            way = "--restart begins anew (and removes its results); or use another directory"
+            raise RunError(f"{self.dir} holds a run with other params ({listed}); {way}", "params")
+
+    def _refuse_other_inputs(self, state: Mapping[str, Any]) -> None:
+        for name, value in self._identity.items():
+            if state["identity"].get(name) != value:
+                line = f"{self.dir}: the {name} is not what this run began with; restore it, or --restart begins anew"
+                raise RunError(line, name)
+
+    def _load(self) -> dict[str, Any] | None:
+        """Returns the newest usable state; None where there has never been one."""
+        if not self.last.exists() and not self.prev.exists():
+            return None
+        try:
+            return load_checkpoint(self.last)[0]
+        except RunError as damage:
+            try:
+                state = load_checkpoint(self.prev)[0]
+            except RunError as second:
+                way = "restore one of them from a copy, or --restart trains from the beginning"
+                raise RunError(f"{damage}; {second}; {way}", "checkpoint", FAILED) from None
+            log.warning("%s; going on from %s, epoch %d", damage, self.prev, state["epoch"])
+            # The damaged file must not become prev.pth.tar at the next save.
+            link_file(self.prev, self.last)
+            return state
+
+    def _restore_best(self, state: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        """Makes best.pth.tar agree with the state; a crash can come between publishing the two."""
+        if state is None or state["best"] is None:
+            return None
+        best = state["best"]
+        is_this = state["step"] == 0 and best["epoch"] == state["epoch"]
+        try:
+            held = load_checkpoint(self.best_file)[0]["metrics"]
+        except RunError as damage:
+            if not is_this:
+                log.warning("%s, and the weights of epoch %d are in no other file", damage, best["epoch"])
+                return None
+            held = None
+        if is_this and held != best:
+            link_file(self.last, self.best_file)
+            held = best
+        # What the file holds is what counts: it may be of an epoch that is done again after damage to last.
+        self.best = held
+        if state["step"] == 0:
+            self._write_metrics(state["metrics"])
+        return held
+
+    def _write_metrics(self, val: Mapping[str, Any]) -> None:
+        write_json(self.dir / "metrics_val_last_weights.json", val)
+        if self.best is not None:
+            write_json(self.dir / "metrics_val_best_weights.json", self.best)
+
+    def _journal_size(self) -> int:
+        return self.journal.stat().st_size if self.journal.exists() else 0
+
+    def _cut_journal(self, size: int) -> None:
+        if self._journal_size() > size:
+            os.truncate(self.journal, size)
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        self._refuse_if_taken_over()
+        try:
+            with self.journal.open("ab") as file:
+                file.write((json.dumps(record, allow_nan=False) + "\n").encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise storage_error(error, self.journal) from error
+
+    def _refuse_if_taken_over(self) -> None:
+        """A lock is no proof on a network disk: the record in the directory must still be ours."""
+        try:
+            holder = read_json(self.dir / "run.json").get("run_id")
+        except RunError as error:
+            raise RunError(f"{error}: the directory has changed under this run", "storage", FAILED) from None
+        if holder != self._run_id:
+            raise RunError(f"{self.dir} was taken over by another run; this one stops", "locked", TEMPORARY)
+
+    def _end(self, status: str, reason: str | None, seconds: float) -> None:
+        self._refuse_if_taken_over()
+        ended = {"status": status, "reason": reason, "to_epoch": self._run["epoch"], "seconds": round(seconds, 2)}
+        self._run["attempts"][-1] |= ended
+        self._run |= {"status": status, "reason": reason}
+        write_json(self.dir / "run.json", self._run)
+
+    def _scalars(self, record: Mapping[str, Any], progress: Mapping[str, float]) -> None:
+        epoch = record["epoch"]
+        if self._board is None:
+            from tensorboardX import SummaryWriter
+
+            # The default file name is host and second: two writers would share a file. After a resume,
+            # purge_step hides what an earlier attempt wrote beyond the checkpoint.
+            suffix = f".{platform.node()}.{os.getpid()}.{self._run_id[:8]}"
+            self._board = SummaryWriter(str(self.dir), purge_step=epoch, filename_suffix=suffix)
+        scalars = {"learning_rate": record["learning_rate"], **progress}
+        for split in ("train", "val"):
+            scalars |= {f"{split}/{name}": value for name, value in record[split].items()}
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, epoch)
+        self._board.flush()
+
+
+def read_journal(model_dir: Path) -> list[dict[str, Any]]:
+    """Returns the records of the epochs done so far, in order."""
+    return list(follow(model_dir / "metrics.jsonl"))

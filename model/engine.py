@@ -1,0 +1,290 @@
+"""The loop: objects in, a dict of floats out. Opens no file, logs nothing, reads no global."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Sized
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.errors import DivergedError
+from model.losses.base import Loss
+from model.optim import Schedule
+from model.outputs import Batch, Outputs
+from model.rng import derive_seed
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Loader(Sized, Protocol):
+    """What the loop needs of a data loader: the batches of an epoch from a step on."""
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterable[Batch]: ...
+
+
+def choose_device(name: str) -> torch.device:
+    """Returns the device for `auto`, `cpu`, `cuda`, `cuda:1`, `mps`, ...
+
+    Raises:
+        ValueError: The name is no device, or the device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """Returns `fp32`, `bf16` or `fp16`; `auto` is bf16 where the device computes in it, else fp32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    capable = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if capable else "fp32"
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Returns the context in which nets run forward; losses stay outside of it, in float32."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=DTYPES[precision])
+
+
+def outputs_of(net: nn.Module, images: Tensor, needs: frozenset[str]) -> Outputs:
+    """Runs a net and returns what a loss needs of it, in float32."""
+    if needs <= {"logits"}:
+        return Outputs(net(images).float())
+    return net.forward_with_features(images).float()  # type: ignore[operator]
+
+
+@dataclass
+class Learner:
+    """Everything that training changes, and nothing else."""
+
+    student: nn.Module
+    loss: Loss
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    precision: str = "fp32"
+    scaler: torch.amp.GradScaler = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Only fp16's range is so short that gradients vanish without a scale.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.student.parameters()).device
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns tensors and plain types from which `load_state_dict` restores the very same learner.
+
+        Raises:
+            DivergedError: A weight is not finite: no such state may be kept.
+        """
+        for name, value in [*self.student.named_parameters(), *self.loss.named_parameters()]:
+            if not torch.isfinite(value).all():
+                raise DivergedError(f"the weights of {name} are not finite; {LOWER}")
+        return {
+            "state_dict": self.student.state_dict(),
+            "loss_dict": self.loss.state_dict(),
+            "optim_dict": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+        self.student.load_state_dict(state["state_dict"])
+        self.loss.load_state_dict(state["loss_dict"])
+        self.optimizer.load_state_dict(state["optim_dict"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+LOWER = "lower the learning rate, or add a warm-up, and begin anew with --restart"
+
+
+class Totals:
+    """Sums over samples that stay on the device; reading them out is the only synchronisation.
+
+    Args:
+        device: Where the sums live.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.sums: dict[str, Tensor] = {}
+        self.samples = 0
+        self.steps = 0
+
+    def add(self, values: dict[str, Tensor], samples: int) -> None:
+        """Adds means over a batch of `samples`."""
+        for name, value in values.items():
+            if name not in self.sums:
+                # MPS has no float64.
+                dtype = torch.float32 if self.device.type == "mps" else torch.float64
+                self.sums[name] = torch.zeros((), dtype=dtype, device=self.device)
+            self.sums[name] += value.detach() * samples
+        self.samples += samples
+        self.steps += 1
+
+    def means(self) -> dict[str, float]:
+        """Returns means over all samples so far.
+
+        Raises:
+            DivergedError: One of them is not finite.
+        """
+        if not self.sums:
+            return {}
+        values = (torch.stack(list(self.sums.values())) / self.samples).tolist()
+        means = dict(zip(self.sums, values, strict=True))
+        bad = [name for name, value in means.items() if not abs(value) < float("inf")]
+        if bad:
+            raise DivergedError(f"training diverged: {', '.join(bad)} became not finite; {LOWER}")
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": dict(self.sums), "samples": self.samples, "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
+        self.samples, self.steps = state["samples"], state["steps"]
+
+
+def train_epoch(
+    learner: Learner,
+    loader: Loader,
+    *,
+    epoch: int,
+    seed: int,
+    teacher: nn.Module | None = None,
+    totals: Totals | None = None,
+    after_step: Callable[[Totals], None] = lambda totals: None,
+) -> dict[str, float]:
+    """Trains for one epoch, or for the rest of one.
+
+    Dropout and every other random choice of the nets are a function of (seed, epoch, step).
+
+    Args:
+        learner: The student and what trains it.
+        loader: The training set.
+        epoch: From 0.
+        seed: The run's seed.
+        teacher: Runs on the very batch that the student sees; None if the loss needs none.
+        totals: Sums of the steps of this epoch that are done already; the epoch goes on after them.
+        after_step: Called after each step, on a boundary at which the learner may be saved; it may raise.
+
+    Returns:
+        Means over the samples of `loss`, each of its terms, and `accuracy` (of the student in train mode).
+
+    Raises:
+        DivergedError: The loss is not finite.
+    """
+    student, loss, device = learner.student, learner.loss, learner.device
+    totals = totals or Totals(device)
+    student.train()
+    loss.train()
+    for step, batch in enumerate(loader.epoch(epoch, totals.steps), start=totals.steps):
+        torch.manual_seed(derive_seed(seed, "step", epoch, step))
+        learner.schedule.set(epoch, step)
+        with autocast(learner.precision, device):
+            teacher_outputs = None if teacher is None else outputs_of(teacher, batch.images, loss.needs)
+            student_outputs = outputs_of(student, batch.images, loss.needs)
+        terms = loss(student_outputs, teacher_outputs, batch)
+        total = torch.stack(list(terms.values())).sum()
+        learner.optimizer.zero_grad(set_to_none=True)
+        learner.scaler.scale(total).backward()
+        learner.scaler.step(learner.optimizer)
+        learner.scaler.update()
+        correct = (student_outputs.logits.argmax(1) == batch.labels).float().mean()
+        totals.add({"loss": total, **terms, "accuracy": correct}, len(batch.labels))
+        after_step(totals)
+    return totals.means()
+
+
+@torch.no_grad()
+def evaluate(
+    net: nn.Module,
+    loader: Loader,
+    *,
+    precision: str = "fp32",
+    loss: Loss | None = None,
+    teacher: nn.Module | None = None,
+    after_batch: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Scores a net on a whole split, in eval mode; its mode is as before afterwards.
+
+    Args:
+        net: Returns logits.
+        loader: The split, in its natural order and without augmentation.
+        precision: fp32, bf16 or fp16.
+        loss: Adds `loss` and its terms, as in training.
+        teacher: For the loss.
+        after_batch: Called after each batch; it may raise.
+
+    Returns:
+        Means over the samples: `accuracy`, `accuracy_top5` (with more than 5 classes), `cross_entropy`, and `loss`
+        with its terms.
+
+    Raises:
+        DivergedError: A logit is not finite (its argmax would be a plausible class).
+    """
+    device = next(net.parameters()).device
+    needs = loss.needs if loss else frozenset({"logits"})
+    totals = Totals(device)
+    with evaluating(net, *([loss] if loss else [])):
+        for batch in loader.epoch(0):
+            with autocast(precision, device):
+                outputs = outputs_of(net, batch.images, needs)
+                teacher_outputs = None if teacher is None else outputs_of(teacher, batch.images, needs)
+            values = scores(outputs.logits, batch.labels)
+            if loss is not None:
+                terms = loss(outputs, teacher_outputs, batch)
+                values |= {"loss": torch.stack(list(terms.values())).sum(), **terms}
+            totals.add(values, len(batch.labels))
+            after_batch()
+    return totals.means()
+
+
+def scores(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Returns top-1 and top-5 accuracy in [0, 1] and the cross-entropy of logits `(N, C)`, each a scalar."""
+    values = {"accuracy": (logits.argmax(1) == labels).float().mean()}
+    if logits.shape[1] > 5:
+        values["accuracy_top5"] = (logits.topk(5, dim=1).indices == labels[:, None]).any(1).float().mean()
+    values["cross_entropy"] = F.cross_entropy(logits, labels)
+    return values
+
+
+@torch.no_grad()
+def predict(net: nn.Module, loader: Loader, *, precision: str = "fp32") -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (logits `(N, C)`, labels `(N,)`, indices `(N,)`) of a whole split in its natural order, on the CPU."""
+    device = next(net.parameters()).device
+    parts = []
+    with evaluating(net):
+        for batch in loader.epoch(0):
+            with autocast(precision, device):
+                logits = net(batch.images).float()
+            parts.append((logits.cpu(), batch.labels.cpu(), batch.indices.cpu()))
+    logits, labels, indices = (torch.cat(column) for column in zip(*parts, strict=True))
+    return logits, labels, indices
+
+
+@contextlib.contextmanager
+def evaluating(*modules: nn.Module):  # type: ignore[no-untyped-def]
+    """Puts modules into eval mode and back into the mode they were in."""
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.train(mode)

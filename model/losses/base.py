@@ -1,0 +1,30 @@
+"""The contract that every loss keeps."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from model.outputs import Batch, Outputs
+
+
+class Loss(nn.Module):
+    """A training objective: weighted terms whose sum is the loss.
+
+    A subclass takes its options as keyword-only parameters. Whatever it trains besides the student is a
+    parameter of it, is optimised with the student and checkpointed beside it; the student's weights stay clean.
+
+    Attributes:
+        needs: Which fields of `Outputs` it reads, of student and teacher alike.
+        needs_teacher: Whether it reads the teacher's outputs at all.
+    """
+
+    needs: frozenset[str] = frozenset({"logits"})
+    needs_teacher: bool = False
+
+    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        """Returns the weighted terms, each a scalar, for a batch; `teacher` is None iff `needs_teacher` is False."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """Returns the objective with its effective weights, for the log."""
+        raise NotImplementedError

@@ -1,0 +1,227 @@
+"""The shape of params.json: which sections it has, and what each may hold.
+
+Nothing is listed here twice: a section's options are the keyword-only parameters of the callable that it names
+(`model.registry`), the top level's are those of `run_options`. `python -m model.schema` prints the reference
+that the README shows; `python -m model.schema --json` a JSON Schema for editors.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import Field, create_model
+
+from model.data import DATASETS
+from model.losses import LOSSES
+from model.nets import NETS
+from model.optim import OPTIMIZERS, SCHEDULES
+from model.registry import STRICT, Problem, Registry, check_options, options_of, suggest
+
+SECTIONS: dict[str, Registry] = {
+    "dataset": DATASETS,
+    "student": NETS,
+    "loss": LOSSES,
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {"loss": {"name": "ce"}, "schedule": {"name": "constant"}}
+
+
+def run_options(
+    *,
+    num_epochs: Annotated[int, Field(ge=1, le=1_000_000)],
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 230,
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    checkpoint_minutes: Annotated[float, Field(gt=0)] = 10.0,
+) -> None:
+    """Options at the top level of params.json.
+
+    Args:
+        num_epochs: Passes over the training set.
+        seed: Decides initial weights, order, augmentation and dropout.
+        precision: What the nets compute in; `auto` is bf16 where the device has it in hardware, else fp32. Losses
+            are always float32.
+        checkpoint_minutes: A long epoch is also saved on the way, this often.
+    """
+
+
+def teacher_options(*, model_dir: str, restore_file: Literal["best", "last"] = "best") -> None:
+    """The teacher: another experiment directory. A plain text stands for its `model_dir`.
+
+    Args:
+        model_dir: The teacher's directory, from where the command is run.
+        restore_file: Which of its checkpoints: `best` on its validation split, or `last`.
+    """
+
+
+def resolve(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """Checks the whole of a params.json and fills in every default.
+
+    Args:
+        raw: What the file holds, overrides applied.
+
+    Returns:
+        The complete params, and every problem found as (dotted key, text). With problems the params are unusable.
+    """
+    values: dict[str, Any] = {}
+    problems: list[Problem] = []
+    own = {key: value for key, value in raw.items() if key not in (*SECTIONS, "teacher")}
+    known = [*options_of(run_options), *SECTIONS, "teacher"]
+    for key in [key for key in own if key not in known]:
+        problems.append((key, f"unknown key; {_place(key) or suggest(key, known)}"))
+        del own[key]
+    top, found = check_options(own, run_options)
+    values |= top
+    problems += found
+    for key, registry in SECTIONS.items():
+        section = raw.get(key, DEFAULTS.get(key))
+        if section is None:
+            problems.append((key, f'is missing; add "{key}": {{"name": ...}} ({suggest("", registry)})'))
+            continue
+        values[key], found = registry.resolve(section)
+        problems += [(f"{key}.{path}".rstrip("."), text) for path, text in found]
+    values["teacher"], found = _resolve_teacher(raw.get("teacher"))
+    problems += [(f"teacher.{path}".rstrip("."), text) for path, text in found]
+    if not problems:
+        problems += _contradictions(values)
+    return values, problems
+
+
+def _place(key: str) -> str:
+    """Returns a hint for an option that was written at the top level instead of in its section."""
+    for section, registry in SECTIONS.items():
+        options = {*(options_of(registry.common) if registry.common else ())}
+        for _, entry in registry.items():
+            options |= set(options_of(entry))
+        if key in options:
+            return f"it is an option of a section: write {section}.{key}"
+    return ""
+
+
+def _resolve_teacher(section: Any) -> tuple[dict[str, Any] | None, list[Problem]]:
+    if section is None:
+        return None, []
+    if isinstance(section, str):
+        section = {"model_dir": section}
+    if not isinstance(section, Mapping):
+        return None, [("", f"expected an experiment directory as text or {{\"model_dir\": ...}}, got {section!r}")]
+    return check_options(section, teacher_options)
+
+
+def _contradictions(values: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yields what no single option shows."""
+    loss = LOSSES.create(values["loss"])
+    if loss.needs_teacher and values["teacher"] is None:
+        text = f'loss {values["loss"]["name"]!r} needs a teacher; add "teacher": "experiments/<its directory>"'
+        yield "teacher", text
+    warmup = values["schedule"]["warmup_epochs"]
+    if warmup > values["num_epochs"]:
+        yield "schedule.warmup_epochs", f"{warmup:g} is above num_epochs, {values['num_epochs']}"
+    if values["optimizer"].get("nesterov") and not values["optimizer"]["momentum"]:
+        yield "optimizer.nesterov", "needs a momentum above 0"
+
+
+# --- the reference ----------------------------------------------------------------------------------------
+
+
+def reference() -> str:
+    """Returns the params.json reference as Markdown, made from signatures and docstrings."""
+    parts = ["#### Top level", "", *_table(run_options), "", "#### `teacher`", "", *_table(teacher_options)]
+    for section, registry in SECTIONS.items():
+        parts += ["", f"#### `{section}`", ""]
+        if registry.common:
+            parts += ["Every entry:", "", *_table(registry.common), ""]
+        parts += ["| name | what it is | options |", "|:--|:--|:--|"]
+        for name, entry in registry.items():
+            shown = f"{name}<name>" if name.endswith("/") else name
+            options = "<br>".join(_option(*row) for row in _rows(entry))
+            parts.append(f"| `{shown}` | {_summary(entry)} | {options} |")
+    return "\n".join(parts) + "\n"
+
+
+def _table(function: Callable[..., Any]) -> list[str]:
+    rows = [f"| `{name}` | {kind} | {default} | {text} |" for name, kind, default, text in _rows(function)]
+    return ["| key | value | default | meaning |", "|:--|:--|:--|:--|", *rows]
+
+
+def _option(name: str, kind: str, default: str, text: str) -> str:
+    return f"`{name}` ({kind}; {default}): {text}"
+
+
+def _rows(function: Callable[..., Any]) -> Iterator[tuple[str, str, str, str]]:
+    meanings = _meanings(function)
+    for name, (annotation, default) in options_of(function).items():
+        shown = "required" if default is ... else f"`{json.dumps(default)}`"
+        yield name, _kind(annotation), shown, meanings[name]
+
+
+def _summary(function: Callable[..., Any]) -> str:
+    return inspect.cleandoc(function.__doc__ or "").split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+
+
+def _meanings(function: Callable[..., Any]) -> dict[str, str]:
+    """Returns the texts of a docstring's `Args:` part by name."""
+    section = re.search(r"^Args:\n((?:    .*\n?|\n)+)", inspect.cleandoc(function.__doc__ or ""), re.MULTILINE)
+    entries = re.findall(r"^    ([\w, ]+): ((?:.*\n?)(?:     +.*\n?)*)", section[1] if section else "", re.MULTILINE)
+    return {
+        name: " ".join(text.split()).replace("|", "\\|") for names, text in entries for name in names.split(", ")
+    }
+
+
+_SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+_TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "null"}
+
+
+def _kind(annotation: Any) -> str:
+    if get_origin(annotation) is Annotated:
+        base, *notes = get_args(annotation)
+        limits = [
+            f"{sign} {_short(getattr(bound, key))}"
+            for note in notes
+            for bound in getattr(note, "metadata", [])
+            for key, sign in _SIGNS.items()
+            if hasattr(bound, key)
+        ]
+        return " ".join([_kind(base), ", ".join(limits)]).strip()
+    if get_origin(annotation) is Literal:
+        return " or ".join(f"`{value}`" for value in get_args(annotation))
+    if get_origin(annotation) is list:
+        return f"list of {_kind(get_args(annotation)[0])}"
+    if get_args(annotation):
+        return " or ".join(_kind(branch) for branch in get_args(annotation))
+    return _TYPES.get(annotation, str(annotation))
+
+
+def _short(value: float) -> str:
+    return "2^63" if value == 2**63 else f"{value:g}"
+
+
+def json_schema() -> dict[str, Any]:
+    """Returns a JSON Schema of params.json: each section is one of its entries, told apart by `name`."""
+
+    def section_schema(registry: Registry, name: str, entry: Callable[..., Any]) -> dict[str, Any]:
+        fields = options_of(entry) | (options_of(registry.common) if registry.common else {})
+        schema = create_model("Options", __config__=STRICT, **fields).model_json_schema()
+        named = {"pattern": f"^{name}.+"} if name.endswith("/") else {"const": name}
+        schema["properties"] = {"name": {"type": "string", **named}, **schema.get("properties", {})}
+        schema["required"] = ["name", *schema.get("required", [])]
+        schema["title"] = name
+        return schema
+
+    schema = create_model("Params", __config__=STRICT, **options_of(run_options)).model_json_schema()
+    for section, registry in SECTIONS.items():
+        schema["properties"][section] = {"oneOf": [section_schema(registry, *item) for item in registry.items()]}
+        if section not in DEFAULTS:
+            schema["required"].append(section)
+    teacher = create_model("Teacher", __config__=STRICT, **options_of(teacher_options)).model_json_schema()
+    schema["properties"]["teacher"] = {"oneOf": [{"type": "string"}, {"type": "null"}, teacher]}
+    return schema
+
+
+if __name__ == "__main__":
+    print(json.dumps(json_schema(), indent=2) if "--json" in sys.argv else reference(), end="")
