@@ -22,10 +22,11 @@ import io
 import json
 import os
 import platform
+import shlex
 import time
 import uuid
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from utils import (
     TEMPORARY,
     Params,
     RunError,
+    StopSignals,
     differences,
     follow,
     link_file,
@@ -151,6 +153,33 @@ def is_locked(model_dir: Path) -> bool:
         return True
 
 
+def load_teacher_checkpoint(teacher_dir: Path, restore_file: str) -> tuple[dict[str, Any], str]:
+    """Reads the checkpoint of a teacher, an experiment directory whose training has ended.
+
+    Returns:
+        The state and its SHA-256.
+
+    Raises:
+        RunError: Reason `teacher`: it is missing, not trained to its end, or damaged; with the command to run.
+    """
+    command = f"python train.py --model_dir {shlex.quote(str(teacher_dir))}"
+    if not (teacher_dir / "params.json").is_file():
+        line = f"teacher {teacher_dir} does not exist or has no params.json; name an experiment directory"
+        raise RunError(line, "teacher")
+    status = read_status(teacher_dir)
+    if status not in ("completed", "pending"):  # pending with a checkpoint: a teacher from elsewhere
+        line = f"teacher {teacher_dir} is {status}, not completed; wait for it, or train it to its end with: {command}"
+        raise RunError(line, "teacher")
+    path = teacher_dir / f"{restore_file}.pth.tar"
+    if not path.exists():
+        line = f"teacher {teacher_dir} has no {path.name}; train it with: {command} (or add --train_teacher)"
+        raise RunError(line, "teacher")
+    try:
+        return load_checkpoint(path)
+    except RunError as error:
+        raise RunError(f"teacher {error}; train it again with: {command} --restart", "teacher") from None
+
+
 class Experiment:
     """One experiment directory, as `train.py` writes it.
 
@@ -159,6 +188,7 @@ class Experiment:
 
     Attributes:
         best: Validation metrics of the best epoch so far with its number, or None.
+        stop: Remembers a signal to stop; `record` and `pause` heed it after saving.
     """
 
     def __init__(self, model_dir: str | Path) -> None:
@@ -166,6 +196,8 @@ class Experiment:
         self.last, self.prev, self.best_file = (self.dir / f"{name}.pth.tar" for name in ("last", "prev", "best"))
         self.journal = self.dir / "metrics.jsonl"
         self.best: dict[str, Any] | None = None
+        self.stop = StopSignals()
+        self._saved = time.monotonic()
         self._run_id = uuid.uuid4().hex
         self._run: dict[str, Any] = {}
         self._identity: dict[str, Any] = {}
@@ -193,6 +225,8 @@ class Experiment:
         **details: Any,
     ) -> Iterator[dict[str, Any] | None]:
         """Holds the directory for one attempt at training and records how it ends.
+
+        Within it, signals to stop are only remembered.
 
         Args:
             params: What is trained.
@@ -235,9 +269,10 @@ class Experiment:
                 "attempts": [*run.get("attempts", []), started],
             }
             write_json(self.dir / "run.json", self._run)
-            clock = time.monotonic()
+            clock = self._saved = time.monotonic()
             try:
-                yield state
+                with self.stop:
+                    yield state
             except BaseException as error:
                 reason = getattr(error, "reason", None) or type(error).__name__
                 stopped = reason in ("signal", "preempted") or isinstance(error, KeyboardInterrupt)
@@ -275,6 +310,27 @@ class Experiment:
         self._scalars(record, progress)
         return is_best
 
+    def stop_if_asked(self, where: str) -> None:
+        """Ends the run if a signal has come; `where` says how far it has been saved.
+
+        Raises:
+            RunError: Reason `signal` or `preempted`, with the exit status of the signal.
+        """
+        if self.stop.received is not None:
+            raise self.stop.error(where)
+
+    def pause(self, snapshot: Callable[[], Mapping[str, Any]], minutes: float, where: str) -> None:
+        """Offers a point in mid-epoch at which the run can be saved: after a signal, or every so many minutes.
+
+        Args:
+            snapshot: Returns the state to save, with `epoch` (those finished) and `step` (of the next one).
+            minutes: Save when this long has passed since the last time.
+            where: As in `stop_if_asked`.
+        """
+        if self.stop.received is not None or time.monotonic() - self._saved > 60 * minutes:
+            self.save(snapshot())
+            self.stop_if_asked(where)
+
     def save(self, state: Mapping[str, Any]) -> None:
         """Publishes a state as last.pth.tar and keeps the one before as prev.pth.tar."""
         self._refuse_if_taken_over()
@@ -282,6 +338,7 @@ class Experiment:
             link_file(self.last, self.prev)
         extra = {"format": 1, "best": self.best, "journal_bytes": self._journal_size(), "identity": self._identity}
         save_checkpoint(self.last, {**state, **extra})
+        self._saved = time.monotonic()
 
     # --- what stands behind them ---
 

@@ -62,9 +62,15 @@ def run_main(main: Callable[[], int]) -> None:
         status = OK
     except Exception as error:
         status = getattr(error, "exit_status", None)
-        if status is None:
-            raise
-        print(error, file=sys.stderr)
+        if not log.handlers:  # nothing is written anywhere yet
+            if status is None:
+                raise
+            print(error, file=sys.stderr)
+        elif status is None:
+            status = FAILED
+            log.exception("a fault in the program, or in the machine:")
+        else:
+            log.error("%s", error)
     sys.exit(status)
 
 
@@ -134,7 +140,7 @@ def write_file(path: Path, content: bytes) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            temporary.replace(path)
             sync_folder(path.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -149,7 +155,7 @@ def link_file(source: Path, target: Path) -> None:
     try:
         try:
             os.link(source, temporary)
-            os.replace(temporary, target)
+            temporary.replace(target)
             temporary.unlink(missing_ok=True)  # rename of two links to one file does nothing, by POSIX
             sync_folder(target.parent)
         except OSError as error:
@@ -206,23 +212,27 @@ class Params:
 
     @classmethod
     def load(cls, model_dir: Path, resolve: Resolve, overrides: Iterable[str] = ()) -> Params:
-        """Reads `model_dir/params.json`, applies overrides and checks the whole.
+        """Reads `model_dir/params.json`, applies overrides and checks the whole: see `check`."""
+        path = model_dir / "params.json"
+        return cls.check(read_json(path), path, resolve, overrides)
+
+    @classmethod
+    def check(cls, raw: dict[str, Any], path: Path, resolve: Resolve, overrides: Iterable[str] = ()) -> Params:
+        """Applies overrides to raw values and checks the whole.
 
         Args:
-            model_dir: An experiment directory.
+            raw: The values; overrides are set in place.
+            path: Where they come from, for messages.
             resolve: Checks the raw values and fills in defaults, as `model.schema.resolve` does.
             overrides: Texts `key=value`.
 
         Raises:
             RunError: With a line for each problem: file, key, what is wrong, what to do.
         """
-        path = model_dir / "params.json"
-        raw = read_json(path)
-        overridden = apply_overrides(raw, overrides)
+        origin = dict.fromkeys(apply_overrides(raw, overrides), "--overrides")
         values, problems = resolve(raw)
         if problems:
-            origin = {key: "--overrides" for key in overridden}
-            lines = [f"{origin.get(key, path)}: {key}: {text}" if key else f"{path}: {text}" for key, text in problems]
+            lines = [f"{origin.get(key, path)}: {key}: {text}" for key, text in problems]
             raise RunError("\n".join(lines), "params")
         return cls(values)
 
@@ -328,6 +338,31 @@ def set_logger(path: Path | None = None, quiet: bool = False) -> None:
         logger.handlers[:] = handlers
         logger.setLevel(logging.INFO)
         logger.propagate = False
+
+
+class EpochBar:
+    """One line on the terminal for the epoch that runs; silent without a terminal.
+
+    Args:
+        label: Such as `epoch 3/30`.
+        steps: Of the whole epoch.
+        done: Steps that an earlier attempt has done.
+        quiet: Show nothing.
+    """
+
+    def __init__(self, label: str, steps: int, done: int, quiet: bool) -> None:
+        self._bar = tqdm(desc=label, total=steps, initial=done, disable=quiet or None, leave=False)
+        self._shown = time.monotonic()
+
+    def step(self, means: Callable[[], Mapping[str, float]]) -> None:
+        """Advances by a step; calls `means`, which waits for the device, at most once a second."""
+        self._bar.update()
+        if not self._bar.disable and time.monotonic() - self._shown > 1:
+            self._bar.set_postfix({name: f"{value:.3f}" for name, value in means().items()})
+            self._shown = time.monotonic()
+
+    def close(self) -> None:
+        self._bar.close()
 
 
 # --- signals ----------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.errors import DivergedError
+from model.errors import DivergedError, InputError
 from model.losses.base import Loss
 from model.optim import Schedule
 from model.outputs import Batch, Outputs
@@ -30,7 +30,7 @@ def choose_device(name: str) -> torch.device:
     """Returns the device for `auto`, `cpu`, `cuda`, `cuda:1`, `mps`, ...
 
     Raises:
-        ValueError: The name is no device, or the device is not there.
+        InputError: The name is no device, or the device is not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -38,8 +38,14 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        why = str(error).splitlines()[0]
+        raise InputError(f"--device {name}: cannot be used: {why}; name another, such as cpu", "usage") from None
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """Returns what to call a device in a record: the model of a GPU, else its type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def choose_precision(name: str, device: torch.device) -> str:
@@ -167,7 +173,7 @@ def train_epoch(
     seed: int,
     teacher: nn.Module | None = None,
     totals: Totals | None = None,
-    after_step: Callable[[Totals], None] = lambda totals: None,
+    after_step: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Trains for one epoch, or for the rest of one.
 
@@ -206,7 +212,7 @@ def train_epoch(
         learner.scaler.update()
         correct = (student_outputs.logits.argmax(1) == batch.labels).float().mean()
         totals.add({"loss": total, **terms, "accuracy": correct}, len(batch.labels))
-        after_step(totals)
+        after_step()
     return totals.means()
 
 
@@ -218,7 +224,7 @@ def evaluate(
     precision: str = "fp32",
     loss: Loss | None = None,
     teacher: nn.Module | None = None,
-    after_batch: Callable[[], None] = lambda: None,
+    after_batch: Callable[[Batch, Outputs, Outputs | None], None] = lambda batch, outputs, teacher_outputs: None,
 ) -> dict[str, float]:
     """Scores a net on a whole split, in eval mode; its mode is as before afterwards.
 
@@ -228,7 +234,7 @@ def evaluate(
         precision: fp32, bf16 or fp16.
         loss: Adds `loss` and its terms, as in training.
         teacher: For the loss.
-        after_batch: Called after each batch; it may raise.
+        after_batch: Called with each batch and what the nets made of it; it may raise.
 
     Returns:
         Means over the samples: `accuracy`, `accuracy_top5` (with more than 5 classes), `cross_entropy`, and `loss`
@@ -250,7 +256,7 @@ def evaluate(
                 terms = loss(outputs, teacher_outputs, batch)
                 values |= {"loss": torch.stack(list(terms.values())).sum(), **terms}
             totals.add(values, len(batch.labels))
-            after_batch()
+            after_batch(batch, outputs, teacher_outputs)
     return totals.means()
 
 
@@ -263,22 +269,8 @@ def scores(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     return values
 
 
-@torch.no_grad()
-def predict(net: nn.Module, loader: Loader, *, precision: str = "fp32") -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (logits `(N, C)`, labels `(N,)`, indices `(N,)`) of a whole split in its natural order, on the CPU."""
-    device = next(net.parameters()).device
-    parts = []
-    with evaluating(net):
-        for batch in loader.epoch(0):
-            with autocast(precision, device):
-                logits = net(batch.images).float()
-            parts.append((logits.cpu(), batch.labels.cpu(), batch.indices.cpu()))
-    logits, labels, indices = (torch.cat(column) for column in zip(*parts, strict=True))
-    return logits, labels, indices
-
-
 @contextlib.contextmanager
-def evaluating(*modules: nn.Module):  # type: ignore[no-untyped-def]
+def evaluating(*modules: nn.Module) -> Iterator[None]:
     """Puts modules into eval mode and back into the mode they were in."""
     modes = [module.training for module in modules]
     for module in modules:

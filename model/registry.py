@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, ValidationError, create_model
@@ -35,12 +35,15 @@ class Registry:
         self.kind = kind
         self.common = common
         self._entries: dict[str, Callable[..., Any]] = {}
+        self._members: dict[str, Callable[[], Iterable[str]]] = {}
 
-    def register(self, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(
+        self, name: str, members: Callable[[], Iterable[str]] = tuple
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Returns a decorator that registers a callable under `name`.
 
         A name that ends with "/" is a family: `"torchvision/resnet50"` calls the entry `"torchvision/"`
-        with `"resnet50"` before all other arguments.
+        with `"resnet50"` before all other arguments, if it is one of `members()`.
 
         Raises:
             ValueError: The name is taken, or the callable takes `**kwargs` (a typo would pass silently).
@@ -52,6 +55,7 @@ class Registry:
             if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(entry).parameters.values()):
                 raise ValueError(f"{self.kind} '{name}' takes **kwargs; name its options, so that typos are found")
             self._entries[name] = entry
+            self._members[name] = members
             return entry
 
         return add
@@ -72,8 +76,11 @@ class Registry:
         if name in self._entries and not name.endswith("/"):
             return self._entries[name]
         family, slash, member = name.partition("/")
-        if slash and member and family + slash in self._entries:
-            return functools.partial(self._entries[family + slash], member)
+        if slash and family + slash in self._entries:
+            members = list(self._members[family + slash]())
+            if member in members:
+                return functools.partial(self._entries[family + slash], member)
+            raise KeyError(f"unknown {self.kind} {name!r}; {suggest(member, members)}")
         raise KeyError(f"unknown {self.kind} {name!r}; {suggest(name, self)}")
 
     def create(self, section: Mapping[str, Any], *context: Any) -> Any:
@@ -129,9 +136,7 @@ def options_of(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def check_options(
-    options: Mapping[str, Any], *functions: Callable[..., Any]
-) -> tuple[dict[str, Any], list[Problem]]:
+def check_options(options: Mapping[str, Any], *functions: Callable[..., Any]) -> tuple[dict[str, Any], list[Problem]]:
     """Checks options against the signatures of `functions` together, strictly, and fills in defaults."""
     fields: dict[str, Any] = {}
     for function in functions:

@@ -109,7 +109,7 @@ def _resolve_teacher(section: Any) -> tuple[dict[str, Any] | None, list[Problem]
     if isinstance(section, str):
         section = {"model_dir": section}
     if not isinstance(section, Mapping):
-        return None, [("", f"expected an experiment directory as text or {{\"model_dir\": ...}}, got {section!r}")]
+        return None, [("", f'expected an experiment directory as text or {{"model_dir": ...}}, got {section!r}')]
     return check_options(section, teacher_options)
 
 
@@ -168,9 +168,7 @@ def _meanings(function: Callable[..., Any]) -> dict[str, str]:
     """Returns the texts of a docstring's `Args:` part by name."""
     section = re.search(r"^Args:\n((?:    .*\n?|\n)+)", inspect.cleandoc(function.__doc__ or ""), re.MULTILINE)
     entries = re.findall(r"^    ([\w, ]+): ((?:.*\n?)(?:     +.*\n?)*)", section[1] if section else "", re.MULTILINE)
-    return {
-        name: " ".join(text.split()).replace("|", "\\|") for names, text in entries for name in names.split(", ")
-    }
+    return {name: " ".join(text.split()).replace("|", "\\|") for names, text in entries for name in names.split(", ")}
 
 
 _SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from model import nets
+from model.errors import InputError
+from model.outputs import Outputs
 
 
 class FrozenTeacher(nn.Module):
@@ -45,8 +50,43 @@ class FrozenTeacher(nn.Module):
         return self.net(self._own_view(images))
 
     @torch.no_grad()
-    def forward_with_features(self, images: Tensor):  # type: ignore[no-untyped-def]
-        return self.net.forward_with_features(self._own_view(images))
+    def forward_with_features(self, images: Tensor) -> Outputs:
+        return self.net.forward_with_features(self._own_view(images))  # type: ignore[operator]
 
     def _own_view(self, images: Tensor) -> Tensor:
         return images if self.same_input else images * self.scale + self.shift
+
+
+def create_teacher(state: Mapping[str, Any], where: str, student: Mapping[str, Any]) -> FrozenTeacher:
+    """Returns the frozen net of a teacher's checkpoint, fitted to the student's data.
+
+    Args:
+        state: The teacher's checkpoint.
+        where: Its file, for messages.
+        student: The student's `net` record, as its checkpoint will hold it: classes, image shape, normalisation.
+
+    Raises:
+        InputError: The teacher was trained for other classes, another order of them, or other image sizes.
+    """
+    teacher = state["net"]
+    if teacher["num_classes"] != student["num_classes"]:
+        raise InputError(
+            f"{where}: the teacher has {teacher['num_classes']} classes but the student has {student['num_classes']};"
+            " train the teacher on the student's dataset",
+            "teacher",
+        )
+    if teacher["classes"] != student["classes"]:
+        pair = next(p for p in zip(teacher["classes"], student["classes"], strict=True) if p[0] != p[1])
+        raise InputError(
+            f"{where}: the teacher's classes differ from the student's or stand in another order, such as '{pair[0]}'"
+            f" where the student has '{pair[1]}'; train the teacher on the student's dataset",
+            "teacher",
+        )
+    if teacher["shape"] != student["shape"]:
+        raise InputError(
+            f"{where}: the teacher was trained on images of {teacher['shape']} but the student's are"
+            f" {student['shape']}; use the same image size for both",
+            "teacher",
+        )
+    net = nets.restore(state, where)
+    return FrozenTeacher(net, student["mean"], student["std"], teacher["mean"], teacher["std"])

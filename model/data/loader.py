@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -57,6 +58,12 @@ class BatchLoader:
         # (x / 255 - mean) / std, with the division by 255 moved into the constants
         self._offset = 255 * torch.tensor(mean, device=device).view(1, -1, 1, 1)
         self._scale = 255 * torch.tensor(std, device=device).view(1, -1, 1, 1)
+
+    def plain(self) -> BatchLoader:
+        """Returns a loader of the same samples in their natural order, as they are."""
+        same = copy.copy(self)
+        same.augmentation, same.shuffle = "none", False
+        return same
 
     @property
     def num_samples(self) -> int:

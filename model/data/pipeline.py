@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -48,6 +48,11 @@ class Data:
     def describe(self) -> str:
         """Returns one line for the log."""
         return self.summary
+
+    def facts(self) -> dict[str, Any]:
+        """Returns what a checkpoint must say of the data for its net to be used again, as plain types."""
+        plain = {name: list(getattr(self, name)) for name in ("classes", "shape", "mean", "std")}
+        return {"num_classes": self.num_classes, **plain}
 
 
 def prepare(
@@ -129,7 +134,7 @@ def prepare(
         f"{name}: {train.num_samples:,} train{subset_note}, {val.num_samples:,} val ({val_note}), "
         f"{f'{test.num_samples:,}' if test else 'no'} test images of {channels}x{height}x{width}, "
         f"{len(images.classes):,} classes, "
-        f"augmentation {chosen} ({AUGMENTATIONS[chosen].num_views} views)"
+        f"augmentation {chosen} ({AUGMENTATIONS[chosen].num_views} view{'s' * (chosen != 'none')})"
     )
     return Data(
         train=train,
@@ -155,7 +160,8 @@ def _constants(
     channels = images.train.images.shape[1]
     if len(values) != channels:
         raise InputError(
-            f"dataset.{key}: {len(values)} values given but the images have {channels} channels; give one for each",
+            f"dataset.{key}: {len(values)} value{'s' * (len(values) != 1)} given but the images have {channels} channels; "
+            "give one for each",
             "data",
         )
     return values
@@ -181,6 +187,6 @@ def _fingerprint(classes: tuple[str, ...], *parts: tuple[Split, Tensor]) -> str:
     for split, indices in parts:
         digest.update(repr((len(indices), tuple(split.images.shape[1:]))).encode())
         for some in indices.split(4096):  # a part at a time: no second copy of a large dataset
-            digest.update(split.images[some].contiguous().numpy())
-            digest.update(split.labels[some].numpy())
+            digest.update(split.images[some].contiguous().numpy().data)
+            digest.update(split.labels[some].numpy().data)
     return digest.hexdigest()

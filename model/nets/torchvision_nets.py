@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import pickle
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
@@ -12,10 +13,17 @@ from torch import nn
 
 from model.errors import InputError
 from model.nets import NETS
-from model.registry import suggest
 
 
-@NETS.register("torchvision/")
+def classifiers() -> list[str]:
+    """Returns the names of torchvision's classifiers."""
+    # Here, not above: it takes about a second that runs with other nets need not pay.
+    from torchvision import models
+
+    return models.list_models(module=models)
+
+
+@NETS.register("torchvision/", members=classifiers)
 def torchvision_net(architecture: str, num_classes: int, *, pretrained: bool = False) -> nn.Module:
     """A classifier of torchvision, as `torchvision/<its name there>`; auxiliary heads are left out.
 
@@ -23,20 +31,24 @@ def torchvision_net(architecture: str, num_classes: int, *, pretrained: bool = F
         pretrained: Start from torchvision's default ImageNet weights; the classifier is new unless 1000 classes fit it.
 
     Raises:
-        InputError: torchvision has no such classifier, or its weights are neither in the cache nor to be downloaded.
+        InputError: The weights are neither in the cache nor to be downloaded.
 
     Source: torchvision.models, https://docs.pytorch.org/vision/stable/models.html.
     """
-    # Here, not above: it takes about a second that runs with other nets need not pay.
     from torchvision import models
 
-    known = models.list_models(module=models)
-    if architecture not in known:
-        raise InputError(f"torchvision has no classifier {architecture!r}; {suggest(architecture, known)}")
-    # Without the option these two warn that their default initialisation will change.
-    options = {"init_weights": not pretrained} if architecture in ("googlenet", "inception_v3") else {}
+    weights = models.get_model_weights(architecture).DEFAULT
+    # The attention of these is tied to one grid; the other nets take any size.
+    input_size = weights.meta["min_size"][0] if architecture.startswith(("vit_", "maxvit_")) else None
+    # What torchvision changes together with the weights is the same here with and without them: a checkpoint of a
+    # net that began with pretrained weights is restored into one that did not.
+    options: dict[str, Any] = {}
+    if architecture.startswith("vit_"):
+        options = {"image_size": input_size}
+    elif architecture in ("googlenet", "inception_v3"):
+        # Without `init_weights` they warn that their default initialisation will change.
+        options = {"init_weights": not pretrained, "transform_input": True}
     if pretrained:
-        weights = models.get_model_weights(architecture).DEFAULT
         try:
             net = models.get_model(architecture, weights=weights, **options)
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, http.client.HTTPException) as error:
@@ -53,8 +65,7 @@ def torchvision_net(architecture: str, num_classes: int, *, pretrained: bool = F
     for attribute, off in (("aux_logits", False), ("aux1", None), ("aux2", None), ("AuxLogits", None)):
         if hasattr(net, attribute):
             setattr(net, attribute, off)
-    # The attention of the vits and of maxvit_t is tied to one grid; the other nets take any size.
-    net.input_size = 224 if architecture == "maxvit_t" else getattr(net, "image_size", None)
+    net.input_size = input_size
     return net
 
 

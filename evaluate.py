@@ -1,0 +1,138 @@
+"""Scores a checkpoint: `python evaluate.py --model_dir experiments/cnn_distill --restore_file best`.
+
+The only reader of the test split. Writes, beside the checkpoint, metrics_<split>_<which>_weights.json, and as csv the
+accuracy of each class and the confusion matrix.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from experiment import load_checkpoint, load_teacher_checkpoint
+from model import data, metrics, nets, schema
+from model.engine import choose_device, choose_precision, evaluate
+from model.outputs import Batch, Outputs
+from model.teacher import FrozenTeacher, create_teacher
+from utils import OK, Params, RunError, log, run_main, set_logger, write_file, write_json
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_dir", type=Path, required=True, help="a trained experiment directory")
+    parser.add_argument("--restore_file", default="best", help="best (default), last, or another <name>.pth.tar in it")
+    parser.add_argument("--split", default="test", choices=["test", "val", "train"])
+    parser.add_argument(
+        "--overrides", nargs="+", default=[], metavar="KEY=VALUE", help="such as dataset.data_dir=/data"
+    )
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    parser.add_argument("--save_predictions", action="store_true", help="also write logits, labels and indices (npz)")
+    return parser.parse_args()
+
+
+def load_teacher(params: Params, student: dict[str, Any]) -> FrozenTeacher | None:
+    """Returns the experiment's teacher; None if it has none, or if it is no longer there."""
+    if params.teacher is None:
+        return None
+    teacher_dir = Path(params.teacher["model_dir"])
+    try:
+        state, _ = load_teacher_checkpoint(teacher_dir, params.teacher["restore_file"])
+    except RunError as error:
+        log.warning("no comparison with the teacher: %s", error)
+        return None
+    return create_teacher(state, f"teacher {teacher_dir}", student)
+
+
+def sizes(net: torch.nn.Module, teacher: FrozenTeacher | None, shape: tuple[int, ...]) -> dict[str, float]:
+    """Returns parameters, MACs and bytes of the net, and how many times smaller than the teacher it is."""
+    size: dict[str, float] = {
+        "parameters": metrics.count_parameters(net),
+        "macs": metrics.count_macs(net, shape),
+        "weight_bytes": metrics.weight_bytes(net),
+    }
+    if teacher is not None:
+        size["compression_parameters"] = metrics.count_parameters(teacher.net) / size["parameters"]
+        size["compression_macs"] = metrics.count_macs(teacher.net, shape) / size["macs"]
+    return size
+
+
+def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    write_file(path, text.getvalue().encode())
+
+
+def main() -> int:
+    args = parse_args()
+    set_logger()
+    path = args.model_dir / f"{args.restore_file}.pth.tar"
+    if not path.exists():
+        command = f"python train.py --model_dir {args.model_dir}"
+        raise RunError(f"{path} does not exist; train it with: {command}, or name another --restore_file")
+    state, sha = load_checkpoint(path)
+    params = Params.check(state["params"], path, schema.resolve, args.overrides)
+    device = choose_device(args.device)
+    precision = choose_precision(params.precision, device)
+    splits = data.create(params.dataset, seed=params.seed, device=device)
+    loader = {"test": splits.test, "val": splits.val, "train": splits.train}[args.split]
+    if loader is None:
+        raise RunError(f"dataset {params.dataset['name']!r} has no {args.split} split; choose another --split", "data")
+    if list(splits.classes) != state["net"]["classes"]:
+        raise RunError(
+            f"{path}: trained on other classes than the dataset's; give the dataset it was trained on", "data"
+        )
+    net = nets.restore(state, str(path)).to(device, memory_format=torch.channels_last)
+    teacher = load_teacher(params, state["net"])
+    if teacher is not None:
+        teacher = teacher.to(device, memory_format=torch.channels_last)
+
+    columns: dict[str, list[torch.Tensor]] = {"logits": [], "labels": [], "indices": [], "teacher_logits": []}
+
+    def collect(batch: Batch, outputs: Outputs, teacher_outputs: Outputs | None) -> None:
+        columns["logits"].append(outputs.logits.cpu())
+        columns["labels"].append(batch.labels.cpu())
+        columns["indices"].append(batch.indices.cpu())
+        if teacher_outputs is not None:
+            columns["teacher_logits"].append(teacher_outputs.logits.cpu())
+
+    scores = evaluate(net, loader.plain(), precision=precision, teacher=teacher, after_batch=collect)
+    table = {name: torch.cat(parts) for name, parts in columns.items() if parts}
+    scores["loss"] = scores["cross_entropy"]
+    scores["ece"] = metrics.expected_calibration_error(table["logits"], table["labels"])
+    if teacher is not None:
+        scores |= metrics.agreement(table["logits"], table["teacher_logits"])
+    scores |= sizes(net, teacher, splits.shape)
+    origin = {"split": args.split, "images": len(table["labels"]), "epoch": state["epoch"], "selected_on": "val"}
+    stem = f"{args.split}_{args.restore_file}_weights"
+    write_json(args.model_dir / f"metrics_{stem}.json", {**scores, **origin, "checkpoint_sha256": sha})
+
+    confusion = metrics.confusion_matrix(table["logits"].argmax(1), table["labels"], splits.num_classes)
+    write_csv(
+        args.model_dir / f"confusion_{stem}.csv",
+        ["true", *splits.classes],
+        ([name, *row] for name, row in zip(splits.classes, confusion.tolist(), strict=True)),
+    )
+    correct, totals = confusion.diagonal().tolist(), confusion.sum(1).tolist()
+    write_csv(
+        args.model_dir / f"per_class_{stem}.csv",
+        ["class", "images", "accuracy"],
+        ((name, n, c / n if n else "") for name, n, c in zip(splits.classes, totals, correct, strict=True)),
+    )
+    if args.save_predictions:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **{name: column.numpy() for name, column in table.items()})
+        write_file(args.model_dir / f"predictions_{stem}.npz", buffer.getvalue())
+    for name, value in {**scores, **origin}.items():
+        log.info("%s: %s", name, f"{value:.4f}" if isinstance(value, float) else value)
+    return OK
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,92 @@
+"""Datasets that torchvision downloads, checks and reads; what goes wrong becomes a sentence."""
+
+from __future__ import annotations
+
+import fcntl
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.errors import InputError
+
+Samples = tuple[Tensor, Tensor]  # images as torchvision keeps them, labels
+
+
+def read_vision(kind: str, data_dir: str, download: bool) -> tuple[Samples, Samples, tuple[str, ...]]:
+    """Returns training samples, test samples and class names of a dataset of torchvision.
+
+    Files that are there are used; an archive that is there is unpacked; only then something is downloaded.
+
+    Args:
+        kind: A class of `torchvision.datasets` with `data` and `targets`.
+        data_dir: Its root.
+        download: Whether downloading is allowed.
+
+    Raises:
+        InputError: The files are missing or damaged, and could not be downloaded.
+    """
+    from torchvision import datasets
+    from torchvision.datasets.utils import check_integrity
+
+    source = getattr(datasets, kind)
+    root = Path(data_dir).expanduser()
+    folder, address, archives = _archives(source, root)
+
+    # Whatever is raised in here, a wrong checksum, no network, a full disk or bytes that are no pickle, says the
+    # same to the user: these files are needed in that folder.
+    try:
+        try:
+            train, test = _read(source, root, download=False)
+        except Exception:
+            if not download and not all(check_integrity(folder / name, md5) for name, md5 in archives):
+                raise
+            with _alone(root):
+                train, test = _read(source, root, download=True)
+    except Exception as error:
+        wanted = ", ".join(f"{name} (md5 {md5})" for name, md5 in archives)
+        raise InputError(
+            f"dataset.data_dir: cannot read {kind} in {root.absolute()} ({_one_line(error)}); "
+            f"{'' if download else 'set dataset.download to true, or '}"
+            f"remove damaged files and put into {folder.absolute()}: {wanted} from {address}",
+            "data",
+        ) from error
+    return _samples(train), _samples(test), tuple(train.classes)
+
+
+def _archives(source: Any, root: Path) -> tuple[Path, str, list[tuple[str, str]]]:
+    """Returns where the archives of a dataset belong, where they are on the net, and (name, md5) of each."""
+    if hasattr(source, "tgz_md5"):
+        return root, source.url.removesuffix(source.filename), [(source.filename, source.tgz_md5)]
+    return root / source.__name__ / "raw", source.mirrors[0], source.resources
+
+
+def _read(source: Any, root: Path, download: bool) -> tuple[Any, Any]:
+    with warnings.catch_warnings():
+        # CIFAR was pickled by a numpy of 2009 (numpy 2.4 says so), and torchvision unpacks without a filter what it
+        # has checked by md5 (Python 3.12 says so): nothing that a user could mend.
+        warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return source(root, train=True, download=download), source(root, train=False, download=download)
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Lets one process at a time download: the trials of a search all start at once."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".download.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _samples(dataset: Any) -> Samples:
+    return torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

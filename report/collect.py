@@ -1,0 +1,126 @@
+"""Experiment directories -> rows. What is wrong with one of them is told in its row and stops nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiment import read_status
+from utils import RunError, apply_overrides, flatten, read_json
+
+STATES = ("completed", "running", "pending", "interrupted", "stale", "pruned", "failed")
+SOURCES = ("val_best", "val_last", "test_best", "test_last")  # of metrics_<source>_weights.json
+NUMBERS = ("accuracy", "cross_entropy", "epoch")  # a metrics file may hold text too, but not under these names
+MAX_FAULT = 200  # characters: a reason may quote what it found
+
+
+@dataclass
+class Row:
+    """What one experiment directory says."""
+
+    path: str
+    state: str  # one of STATES, or unreadable
+    status: str  # the state with its reason and the epoch that was reached
+    options: dict[str, Any]  # dotted key -> value, every default included once it has run; a list is its JSON text
+    written: list[str]  # the keys that a person or a search chose, in params.json or by an override
+    metrics: dict[str, float]  # val_best.accuracy and the like
+    faults: list[str]  # what could not be read
+
+
+def collect(parent_dir: Path) -> tuple[list[Row], list[str]]:
+    """Reads every experiment at or below a directory; links to directories and hidden ones are not entered.
+
+    Returns:
+        The rows, by path, and a line for each directory or file that could not be read.
+
+    Raises:
+        RunError: `parent_dir` itself cannot be read.
+    """
+    rows: list[Row] = []
+    problems: list[str] = []
+
+    def unreadable(error: OSError) -> None:
+        if Path(error.filename) == parent_dir:
+            raise RunError(f"--parent_dir: {parent_dir}: {error.strerror}; name the folder that holds the experiments")
+        problems.append(f"{error.filename}: {error.strerror}")
+
+    for root, folders, files in os.walk(parent_dir, onerror=unreadable):
+        folders[:] = [folder for folder in folders if not folder.startswith(".")]
+        is_reference = "search.json" in files and "run.json" not in files  # a search's template: it never runs
+        if "params.json" in files and not is_reference:
+            rows.append(read_row(Path(root), files))
+    rows.sort(key=lambda row: row.path)
+    problems += [f"{row.path}: {fault}" for row in rows for fault in row.faults]
+    return rows, problems
+
+
+def read_row(folder: Path, files: list[str]) -> Row:
+    """Reads one experiment directory; `files` are the names in it. A missing file is no fault."""
+    faults: list[str] = []
+
+    def read(name: str) -> dict[str, Any]:
+        try:
+            return read_json(folder / name) if name in files else {}
+        except RunError as error:
+            reason = str(error).removeprefix(f"{folder / name}: ").partition(";")[0]
+            faults.append(f"{name}: {reason}")
+            return {}
+
+    raw, run = read("params.json"), read("run.json")
+    state, options, written, metrics = "pending", dict[str, Any](), list[str](), dict[str, float]()
+    try:
+        written, options = read_options(raw, run)
+        state = read_status(folder) if run else "pending"
+        if state not in STATES:
+            faults.append(f"run.json: unknown status {state!r}")
+    except (AttributeError, TypeError, RecursionError):
+        faults.append("run.json: not of the shape that train.py writes")
+    except (RunError, OSError) as error:  # an override that never fitted; or the file has gone since
+        faults.append(f"run.json: {error}")
+    for source in SOURCES:
+        name = f"metrics_{source}_weights.json"
+        for key, value in read(name).items():
+            if type(value) in (int, float) and abs(value) <= sys.float_info.max:
+                metrics[f"{source}.{key}"] = value
+            elif key in NUMBERS and value is not None:
+                faults.append(f"{name}: {key} is not a number")
+    faults = [fault[:MAX_FAULT] for fault in faults]
+    if faults:
+        return Row(str(folder), "unreadable", f"unreadable: {faults[0]}", options, written, metrics, faults)
+    return Row(str(folder), state, describe(state, run), options, written, metrics, [])
+
+
+def read_options(raw: dict[str, Any], run: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Returns the keys that were chosen, and every option as it ran or, before a run, as params.json has it."""
+    apply_overrides(raw, [text for attempt in run.get("attempts", []) for text in attempt.get("overrides", [])])
+    chosen, ran = flatten(_sections(raw)), flatten(_sections(run.get("params", {})))
+    known = {key.partition(".")[0] for key in ran}
+    # A key that a run lacks in a section that it has was put into params.json later: it is not what ran.
+    options = {key: value for key, value in chosen.items() if key.partition(".")[0] not in known}
+    # As written where that is the same number: a row that ran says 4 like its pending neighbour, not 4.0.
+    options |= {key: chosen[key] if key in chosen and chosen[key] == value else value for key, value in ran.items()}
+    return list(chosen), {key: _plain(value) for key, value in options.items() if value is not None}
+
+
+def _sections(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns params with a teacher that is given as text in its long spelling."""
+    teacher = params.get("teacher")
+    return {**params, "teacher": {"model_dir": teacher}} if isinstance(teacher, str) else {**params}
+
+
+def _plain(value: Any) -> str | int | float:
+    return value if type(value) in (str, int, float) else json.dumps(value)
+
+
+def describe(state: str, run: Mapping[str, Any]) -> str:
+    """Returns a state with its reason and how far the run came."""
+    if state in ("completed", "pending"):
+        return state
+    reason = f" ({run['reason']})" if state == "failed" and run.get("reason") else ""
+    where = f"epoch {run.get('epoch', '?')} of {run.get('num_epochs', '?')}"
+    return f"running, {where}" if state == "running" else f"{state}{reason} at {where}"

@@ -1,0 +1,51 @@
+"""Writes one table of many experiments: `python synthesize_results.py --parent_dir experiments/cnn_distill`.
+
+Every folder with a params.json at or below the parent directory is a row, whatever became of it. The table goes to
+the terminal and to results.md, and to results.csv with full precision, both in the parent directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from report.collect import collect
+from report.tables import METRICS, create_frame, one_line, sort_rows, summary, to_csv, to_markdown
+from utils import OK, run_main, write_file
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parent_dir", type=Path, default=Path("experiments"), help="default: experiments")
+    parser.add_argument("--sort", choices=METRICS, default="val_accuracy", help="default: val_accuracy")
+    parser.add_argument("--quiet", action="store_true", help="only the files, and warnings on the console")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
+    rows, problems = collect(args.parent_dir)
+    warnings = [one_line(f"warning: {problem}") for problem in problems]
+    if not rows:
+        folder = one_line(str(args.parent_dir))
+        way = "a folder with a params.json is one; name their parent with --parent_dir"
+        print(f"no experiments under {folder}: {way}", *warnings, sep="\n")
+        return OK
+    frame = create_frame(sort_rows(rows, args.sort))
+    command = one_line(shlex.join(["python", "synthesize_results.py", *sys.argv[1:]]))
+    text = "\n\n".join([f"`{command}` found {summary(rows)}", to_markdown(frame), *warnings]) + "\n"
+    try:
+        for name, content in (("results.md", text), ("results.csv", to_csv(frame))):
+            write_file(args.parent_dir / name, content.encode(errors="replace"))
+    finally:  # also where the folder is someone else's and cannot be written
+        if args.quiet:
+            sys.stderr.writelines(f"{warning}\n" for warning in warnings)
+        else:
+            print(text, end="")
+    return OK
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,224 @@
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from model.data import DATASETS, create
+from model.data.images import Images, Split
+from model.data.pipeline import Data, prepare
+from model.errors import InputError
+
+CPU = torch.device("cpu")
+
+
+def split_of(counts: list[int], seed: int = 0) -> Split:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    labels = labels[torch.randperm(len(labels), generator=generator)]
+    images = torch.randint(0, 256, (len(labels), 3, 8, 8), dtype=torch.uint8, generator=generator)
+    return Split(images, labels)
+
+
+def images_of(counts=(40, 60, 25), **changes) -> Images:
+    made = Images(
+        train=split_of(list(counts)),
+        val=None,
+        test=split_of([5] * len(counts), seed=1),
+        classes=tuple("abcdef"[: len(counts)]),
+        mean=(0.4, 0.5, 0.6),
+        std=(0.2, 0.25, 0.3),
+        augmentation="crop_flip",
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def data_of(images: Images | None = None, seed: int = 0, **options) -> Data:
+    return prepare(images or images_of(), "toy", seed, CPU, **options)
+
+
+def test_validation_is_carved_from_each_class_and_disjoint_from_training():
+    data = data_of(val_fraction=0.2)
+    assert data.val.labels.bincount().tolist() == [8, 12, 5]
+    assert data.train.labels.bincount().tolist() == [32, 48, 20]
+    both = torch.cat([data.train.indices, data.val.indices])
+    assert torch.equal(both.sort().values, torch.arange(125))
+
+
+def test_the_validation_split_depends_on_val_seed_only():
+    reference = data_of().val.indices
+    for other in (data_of(seed=9), data_of(subset_fraction=0.3), data_of(batch_size=3, augmentation="none")):
+        assert torch.equal(other.val.indices, reference)
+    assert not torch.equal(data_of(val_seed=1).val.indices, reference)
+
+
+def test_an_own_validation_split_is_used_and_nothing_is_carved():
+    own = split_of([4, 4, 4], seed=5)
+    data = data_of(images_of(val=own), val_fraction=0.5)
+    assert data.train.num_samples == 125
+    (batch,) = data.val.epoch(0)
+    assert torch.equal(batch.labels, own.labels)
+    assert torch.equal(batch.indices, torch.arange(12))
+    assert "12 val (the dataset's own)" in data.describe()
+
+
+def test_subset_fraction_takes_its_share_of_each_class_of_what_validation_leaves():
+    whole, half = data_of(val_fraction=0.2), data_of(val_fraction=0.2, subset_fraction=0.5)
+    assert half.train.labels.bincount().tolist() == [16, 24, 10]
+    assert set(half.train.indices.tolist()) < set(whole.train.indices.tolist())
+    assert torch.equal(half.train.indices, data_of(val_fraction=0.2, subset_fraction=0.5, seed=7).train.indices)
+    other = data_of(val_fraction=0.2, subset_fraction=0.5, val_seed=7).train.indices
+    assert not torch.equal(half.train.indices, other)
+
+
+def test_a_subset_has_at_least_one_image_of_each_class_and_smaller_ones_are_inside_larger_ones():
+    fractions = (1e-6, 0.05, 0.1, 0.5, 1.0)
+    subsets = [set(data_of(subset_fraction=fraction).train.indices.tolist()) for fraction in fractions]
+    assert len(subsets[0]) == 3
+    for smaller, larger in itertools.pairwise(subsets):
+        assert smaller < larger
+
+
+def test_only_training_images_are_augmented_and_shuffled():
+    data = data_of()
+    assert data.train.augmentation == "crop_flip"
+    assert data.train.shuffle
+    for loader in (data.val, data.test):
+        batches = list(loader.epoch(3))
+        assert all(int(batch.views.max()) == 0 for batch in batches)
+        assert torch.equal(torch.cat([batch.indices for batch in batches]), loader.indices)
+
+
+def test_a_batch_shows_the_image_of_the_original_list_at_its_index():
+    images = images_of()
+    data = data_of(images, augmentation="none", subset_fraction=0.5)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (images.mean, images.std))
+    for loader, split in ((data.train, images.train), (data.val, images.train), (data.test, images.test)):
+        for batch in loader.epoch(0):
+            restored = ((batch.images * std + mean) * 255).round().to(torch.uint8)
+            assert torch.equal(restored, split.images[batch.indices])
+            assert torch.equal(batch.labels, split.labels[batch.indices])
+
+
+def test_training_and_validation_share_one_copy_of_the_images():
+    images = images_of()
+    data = data_of(images)
+    assert data.train.split.images.data_ptr() == data.val.split.images.data_ptr() == images.train.images.data_ptr()
+
+
+def test_own_constants_and_augmentation_replace_the_datasets():
+    data = data_of(mean=[0.1, 0.2, 0.3], std=[1, 2, 3], augmentation="flip")
+    assert (data.mean, data.std) == ((0.1, 0.2, 0.3), (1, 2, 3))
+    assert data.train.augmentation == "flip"
+    (batch,) = data_of(mean=[0, 0, 0], std=[1, 1, 1], augmentation="none", batch_size=1000).train.epoch(0)
+    assert 0 <= float(batch.images.min()) < 0.05
+    assert 0.95 < float(batch.images.max()) <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mean": [0.5]}, "dataset.mean: 1 value given but the images have 3 channels"),
+        ({"std": [0.5] * 4}, "dataset.std: 4 values given but the images have 3 channels"),
+        ({"std": [0.5, 0.0, 0.5]}, r"dataset.std: \[0.5, 0.0, 0.5\] is not above 0"),
+        ({"val_fraction": 0.001}, "val_fraction: 0.001 leaves class 'a' .and 2 more.* 40 training and 0 validation"),
+        ({"val_fraction": 0.999}, "leaves class 'a' .* 0 training and 40 validation"),
+    ],
+)
+def test_options_that_do_not_fit_the_data_are_one_sentence(options, message):
+    with pytest.raises(InputError, match=message) as caught:
+        data_of(**options)
+    assert caught.value.reason == "data"
+    assert "\n" not in str(caught.value)
+
+
+def test_a_class_too_small_to_carve_from_is_named():
+    with pytest.raises(InputError, match=r"leaves class 'b' with 3 training and 0 validation images; each class"):
+        data_of(images_of((40, 3, 25)))
+
+
+def test_images_that_are_all_alike_ask_for_a_std():
+    with pytest.raises(InputError, match=r"give dataset\.std"):
+        data_of(images_of(std=(0.2, 0.0, 0.2)))
+    assert data_of(images_of(std=(0.2, 0.0, 0.2)), std=[1, 1, 1]).std == (1, 1, 1)
+
+
+def test_the_fingerprint_changes_with_one_pixel_one_label_or_one_class_name():
+    reference = data_of()
+    assert len(reference.fingerprint) == 64
+    assert data_of().fingerprint == reference.fingerprint
+
+    trained_on, validated_on = int(reference.train.indices[3]), int(reference.val.indices[0])
+    changed = []
+    for position in (trained_on, validated_on):
+        images = images_of()
+        images.train.images[position, 1, 2, 3] ^= 1
+        changed.append(data_of(images).fingerprint)
+    # Labels are exchanged, so that the carve keeps its counts.
+    images = images_of()
+    labels = images.train.labels
+    first, second = int((labels == 0).nonzero()[0]), int((labels == 1).nonzero()[0])
+    labels[first], labels[second] = 1, 0
+    changed.append(data_of(images).fingerprint)
+    changed.append(data_of(images_of(classes=("a", "b", "x"))).fingerprint)
+    changed.append(data_of(val_seed=1).fingerprint)
+    changed.append(data_of(subset_fraction=0.5).fingerprint)
+    assert len({reference.fingerprint, *changed}) == 7
+
+
+def test_the_fingerprint_does_not_depend_on_what_is_not_in_the_data():
+    reference = data_of().fingerprint
+    for other in (data_of(seed=4), data_of(batch_size=2), data_of(augmentation="none"), data_of(std=[1, 1, 1])):
+        assert other.fingerprint == reference
+    # an image that is neither trained on nor validated on
+    subset = data_of(subset_fraction=0.5)
+    used = {*subset.train.indices.tolist(), *subset.val.indices.tolist()}
+    images = images_of()
+    images.train.images[next(i for i in range(125) if i not in used)] ^= 255
+    assert data_of(images, subset_fraction=0.5).fingerprint == subset.fingerprint
+
+
+def test_the_data_describe_themselves_in_one_line():
+    assert data_of(images_of((1200, 60, 25)), val_fraction=0.2, val_seed=3).describe() == (
+        "toy: 1,028 train, 257 val (carved, seed 3), 15 test images of 3x8x8, 3 classes, "
+        "augmentation crop_flip (162 views)"
+    )
+    assert data_of(images_of(test=None), subset_fraction=0.5, augmentation="none").describe() == (
+        "toy: 56 train (subset 0.5), 13 val (carved, seed 0), no test images of 3x8x8, 3 classes, "
+        "augmentation none (1 view)"
+    )
+
+
+def test_without_a_test_split_there_is_no_test_loader():
+    assert data_of(images_of(test=None)).test is None
+
+
+def test_a_resolved_section_is_all_that_create_needs():
+    section, problems = DATASETS.resolve({"name": "synthetic", "train_size": 80, "batch_size": 10, "val_fraction": 0.2})
+    assert not problems
+    data = create(section, seed=3, device=CPU)
+    assert (data.num_classes, data.shape, len(data.train), data.val.num_samples) == (4, (3, 16, 16), 7, 16)
+    assert len(data.classes) == 4
+    assert data.train.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("batch_size", 0),
+        ("batch_size", 65537),
+        ("eval_batch_size", 2.5),
+        ("augmentation", "cutmix"),
+        ("val_fraction", 0.0),
+        ("val_fraction", 1.0),
+        ("subset_fraction", 0.0),
+        ("subset_fraction", 1.1),
+        ("val_seed", "1"),
+        ("mean", 0.5),
+        ("std", [0.5, 0.0, 0.5]),
+    ],
+)
+def test_common_options_are_checked_for_every_dataset(option, value):
+    for name in DATASETS:
+        _, problems = DATASETS.resolve({"name": name, "data_dir": "x", option: value})
+        assert any(key.split(".")[0] == option for key, _ in problems), name

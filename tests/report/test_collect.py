@@ -1,0 +1,307 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from report.collect import Row, collect
+from utils import RunError
+
+PARAMS = {"num_epochs": 30, "student": {"name": "cnn"}, "loss": {"name": "kd", "alpha": 0.9}}
+VAL = {"accuracy": 0.84, "accuracy_top5": 0.99, "cross_entropy": 0.5, "loss": 0.4, "epoch": 28}
+RUN_JSON, VAL_BEST, VAL_LAST = "run.json", "metrics_val_best_weights.json", "metrics_val_last_weights.json"
+FILES = ("params.json", RUN_JSON, VAL_BEST, VAL_LAST, "metrics_test_best_weights.json")
+
+
+def write(folder: Path, name: str, content: Any) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not isinstance(content, bytes):
+        content = json.dumps(content).encode()
+    (folder / name).write_bytes(content)
+
+
+def write_run(folder: Path, status: str = "completed", params: Any = PARAMS, **rest: Any) -> None:
+    """Writes the directory of a run that wrote its metrics."""
+    run = {"status": status, "reason": None, "epoch": 30, "num_epochs": 30, "params": params, "attempts": []}
+    write(folder, "params.json", PARAMS)
+    write(folder, RUN_JSON, run | rest)
+    write(folder, VAL_BEST, VAL)
+    write(folder, VAL_LAST, VAL | {"accuracy": 0.83, "epoch": 30})
+
+
+def only_row(folder: Path) -> Row:
+    rows, _ = collect(folder)
+    assert len(rows) == 1
+    return rows[0]
+
+
+# what is an experiment
+
+
+def test_every_folder_with_a_params_json_is_a_row_the_parent_included(tmp_path: Path) -> None:
+    for name in (".", "b/deep/er", "a"):
+        write(tmp_path / name, "params.json", PARAMS)
+    (tmp_path / "nothing").mkdir()
+    rows, problems = collect(tmp_path)
+    assert [row.path for row in rows] == [str(tmp_path / name) for name in ("", "a", "b/deep/er")]
+    assert problems == []
+
+
+def test_the_path_is_as_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "experiments" / "a", "params.json", PARAMS)
+    monkeypatch.chdir(tmp_path)
+    assert only_row(Path("experiments")).path == "experiments/a"
+
+
+def test_the_reference_of_a_search_is_no_row_until_it_has_run(tmp_path: Path) -> None:
+    write(tmp_path, "params.json", PARAMS)
+    write(tmp_path, "search.json", {})
+    assert collect(tmp_path) == ([], [])
+    write_run(tmp_path)
+    assert only_row(tmp_path).state == "completed"
+
+
+def test_hidden_folders_are_not_entered(tmp_path: Path) -> None:
+    write(tmp_path / ".ipynb_checkpoints" / "a", "params.json", PARAMS)
+    assert collect(tmp_path) == ([], [])
+
+
+def test_links_to_directories_are_not_followed(tmp_path: Path) -> None:
+    write(tmp_path / "outside", "params.json", PARAMS)
+    write(tmp_path / "tree" / "a", "params.json", PARAMS)
+    (tmp_path / "tree" / "out").symlink_to(tmp_path / "outside")
+    (tmp_path / "tree" / "a" / "loop").symlink_to(tmp_path / "tree")
+    assert only_row(tmp_path / "tree").path == str(tmp_path / "tree" / "a")
+
+
+def test_a_link_may_be_named_as_the_parent(tmp_path: Path) -> None:
+    write(tmp_path / "a", "params.json", PARAMS)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert only_row(tmp_path / "link").path == str(tmp_path / "link")
+
+
+@pytest.mark.parametrize("name", ["missing", "a_file"])
+def test_a_parent_that_is_no_directory_is_a_usage_error(tmp_path: Path, name: str) -> None:
+    write(tmp_path, "a_file", {})
+    with pytest.raises(RunError, match=f"--parent_dir: .*{name}: .*name the folder") as error:
+        collect(tmp_path / name)
+    assert error.value.exit_status == 2
+
+
+def test_an_unreadable_directory_is_a_problem_and_the_others_are_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "locked", "z"):
+        write(tmp_path / name, "params.json", PARAMS)
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:  # chmod would not keep root out
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    rows, problems = collect(tmp_path)
+    assert [Path(row.path).name for row in rows] == ["a", "z"]
+    assert problems == [f"{tmp_path / 'locked'}: Permission denied"]
+
+
+# what a row says
+
+
+def test_a_completed_run_has_best_last_and_test_metrics(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    write(tmp_path, "metrics_test_best_weights.json", {"accuracy": 0.82, "ece": 0.1, "split": "test", "parameters": 9})
+    row = only_row(tmp_path)
+    assert (row.state, row.status, row.faults) == ("completed", "completed", [])
+    expected = {"val_best.accuracy": 0.84, "val_best.cross_entropy": 0.5, "val_best.epoch": 28}
+    expected |= {"val_last.accuracy": 0.83, "test_best.accuracy": 0.82, "test_best.ece": 0.1}
+    assert row.metrics.items() >= expected.items()
+    assert "test_best.split" not in row.metrics
+
+
+@pytest.mark.parametrize(
+    ("status", "rest", "text"),
+    [
+        ("failed", {"epoch": 3, "reason": "diverged"}, "failed (diverged) at epoch 3 of 30"),
+        ("failed", {"epoch": 0}, "failed at epoch 0 of 30"),
+        ("interrupted", {"epoch": 3, "reason": "signal"}, "interrupted at epoch 3 of 30"),
+        ("pruned", {"epoch": 3}, "pruned at epoch 3 of 30"),
+        ("running", {"epoch": 3}, "stale at epoch 3 of 30"),
+    ],
+)
+def test_an_unfinished_run_says_how_far_it_came(tmp_path: Path, status: str, rest: dict[str, Any], text: str) -> None:
+    write_run(tmp_path, status, **rest)
+    assert only_row(tmp_path).status == text
+
+
+def test_a_run_whose_lock_is_held_is_running(tmp_path: Path) -> None:
+    write_run(tmp_path, "running", epoch=3)
+    with FileLock(tmp_path / ".lock"):
+        assert only_row(tmp_path).status == "running, epoch 3 of 30"
+
+
+def test_what_has_not_run_is_pending(tmp_path: Path) -> None:
+    write(tmp_path, "params.json", PARAMS)
+    row = only_row(tmp_path)
+    assert (row.status, row.metrics) == ("pending", {})
+    assert row.options == {"num_epochs": 30, "student.name": "cnn", "loss.name": "kd", "loss.alpha": 0.9}
+
+
+def test_options_are_those_that_ran_and_chosen_are_those_in_params_json_or_overridden(tmp_path: Path) -> None:
+    ran = {**PARAMS, "seed": 7, "precision": "auto", "loss": {"name": "kd", "alpha": 0.5, "temperature": 4.0}}
+    write_run(tmp_path, params=ran, attempts=[{"overrides": ["alpha=0.5", "seed=7"]}, {"argv": ["train.py"]}])
+    row = only_row(tmp_path)
+    assert (row.options["loss.alpha"], row.options["loss.temperature"], row.options["precision"]) == (0.5, 4.0, "auto")
+    assert set(row.written) == {"num_epochs", "student.name", "loss.name", "loss.alpha", "seed"}
+
+
+def test_params_that_were_edited_after_the_run_do_not_pass_for_what_ran(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    edited = {**PARAMS, "loss": {"name": "at", "beta": 1000}, "extra": 1}
+    write(tmp_path, "params.json", edited)
+    options = only_row(tmp_path).options
+    assert options["loss.name"] == "kd"
+    assert "loss.beta" not in options
+    assert options["extra"] == 1
+
+
+def test_a_number_reads_as_it_was_written(tmp_path: Path) -> None:
+    write(tmp_path / "pending", "params.json", {"loss": {"temperature": 4}})
+    write_run(tmp_path / "ran", params={"loss": {"temperature": 4.0}})
+    write(tmp_path / "ran", "params.json", {"loss": {"temperature": 4}})
+    assert [repr(row.options["loss.temperature"]) for row in collect(tmp_path)[0]] == ["4", "4"]
+
+
+def test_both_spellings_of_a_teacher_are_one(tmp_path: Path) -> None:
+    write(tmp_path / "long", "params.json", {"teacher": {"model_dir": "experiments/t"}})
+    write(tmp_path / "text", "params.json", {"teacher": "experiments/t"})
+    long, text = collect(tmp_path)[0]
+    assert long.options == text.options == {"teacher.model_dir": "experiments/t"}
+
+
+def test_null_is_empty_and_lists_and_booleans_are_json(tmp_path: Path) -> None:
+    write(tmp_path, "params.json", {"teacher": None, "loss": [{"name": "ce"}, {"name": "kd"}], "flag": True})
+    assert only_row(tmp_path).options == {"loss": '[{"name": "ce"}, {"name": "kd"}]', "flag": "true"}
+
+
+# what is wrong with it
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "not JSON: Expecting value at line 1 column 1"),
+        (b'{"accuracy": 0.8', "not JSON"),
+        (b"\x93NUMPY\x00", "not UTF-8 text"),
+        (b'{"accuracy": NaN}', "nan is not a finite number"),
+        (b'{"accuracy": 1e999}', "1e999 is not a finite number"),
+        (b'{"epoch": 1, "epoch": 2}', "the key 'epoch' stands there twice"),
+        (b"[0.84]", "expected an object"),
+        (b'{"a":' * 5000 + b"1" + b"}" * 5000, "nested too deeply"),
+        (b'{"a": "' + b"x" * 1_000_000 + b'"}', "is larger than 1000000 bytes"),
+    ],
+)
+def test_a_damaged_file_makes_its_row_unreadable_and_no_other(
+    tmp_path: Path, name: str, content: bytes, reason: str
+) -> None:
+    write_run(tmp_path / "bad")
+    write_run(tmp_path / "good")
+    write(tmp_path / "bad", name, content)
+    (bad, good), problems = collect(tmp_path)
+    assert bad.state == "unreadable"
+    assert bad.status.startswith(f"unreadable: {name}: {reason}")
+    assert ";" not in bad.status
+    assert problems == [f"{tmp_path / 'bad'}: {fault}" for fault in bad.faults]
+    assert good.status == "completed"
+
+
+def test_what_is_not_a_file_is_not_read(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    (tmp_path / VAL_LAST).unlink()
+    os.mkfifo(tmp_path / VAL_LAST)
+    assert only_row(tmp_path).status == f"unreadable: {VAL_LAST}: is not a file"
+
+
+def test_a_broken_link_is_told(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    (tmp_path / "metrics_test_last_weights.json").symlink_to("gone")
+    assert only_row(tmp_path).status == "unreadable: metrics_test_last_weights.json: does not exist"
+
+
+@pytest.mark.parametrize("value", ["0.84", True, [0.84], {"mean": 0.84}, 10**400])
+def test_an_accuracy_that_is_no_number_makes_the_row_unreadable_but_not_its_other_numbers(
+    tmp_path: Path, value: Any
+) -> None:
+    write_run(tmp_path)
+    write(tmp_path, VAL_BEST, VAL | {"accuracy": value})
+    row = only_row(tmp_path)
+    assert row.status == f"unreadable: {VAL_BEST}: accuracy is not a number"
+    assert "val_best.accuracy" not in row.metrics
+    assert (row.metrics["val_best.epoch"], row.metrics["val_last.accuracy"]) == (28, 0.83)
+
+
+@pytest.mark.parametrize("metrics", [{}, {"accuracy": None}, {"top1": "high", "notes": ["extra"]}])
+def test_missing_null_and_extra_metrics_are_no_fault(tmp_path: Path, metrics: dict[str, Any]) -> None:
+    write_run(tmp_path)
+    write(tmp_path, VAL_BEST, metrics)
+    row = only_row(tmp_path)
+    assert row.status == "completed"
+    assert "val_best.accuracy" not in row.metrics
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("params", [1]),
+        ("params", None),
+        ("attempts", 3),
+        ("attempts", ["train"]),
+        ("attempts", [{"overrides": [1]}]),
+        ("attempts", [{"overrides": ["no equals"]}]),
+        ("status", "exploded"),
+        ("status", ["completed"]),
+    ],
+)
+def test_a_foreign_run_json_makes_the_row_unreadable(tmp_path: Path, key: str, value: Any) -> None:
+    write_run(tmp_path, **{key: value})
+    row = only_row(tmp_path)
+    assert row.status.startswith("unreadable: run.json: ")
+    assert row.metrics["val_best.accuracy"] == 0.84
+
+
+def test_a_long_reason_is_cut(tmp_path: Path) -> None:
+    write_run(tmp_path, status="x" * 100_000)
+    assert len(only_row(tmp_path).status) < 300
+
+
+def test_a_file_that_goes_away_while_it_is_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(_: Path) -> str:
+        raise RunError("run.json does not exist")
+
+    write_run(tmp_path)
+    monkeypatch.setattr("report.collect.read_status", gone)
+    assert only_row(tmp_path).state == "unreadable"
+
+
+def test_no_content_whatsoever_raises(tmp_path: Path) -> None:
+    seed = random.Random(0)
+    leaves = [None, True, 0, -1, 0.5, 10**400, "", "=1", "a.b", "x|y", [], {}, [1], {"a": {"b": [{}]}}, "running"]
+    keys = ["status", "params", "attempts", "overrides", "teacher", "epoch", "reason", "accuracy", "a.b", "", "loss"]
+
+    def value(depth: int) -> Any:
+        kind = seed.randrange(4) if depth else 0
+        if kind == 1:
+            return {seed.choice(keys): value(depth - 1) for _ in range(3)}
+        return [value(depth - 1) for _ in range(2)] if kind == 2 else seed.choice(leaves)
+
+    for index in range(150):
+        for name in FILES:
+            write(tmp_path / str(index), name, {key: value(3) for key in seed.sample(keys, 6)})
+    assert len(collect(tmp_path)[0]) == 150

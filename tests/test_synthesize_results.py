@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import synthesize_results
+from utils import RunError, write_json
+
+ROOT = Path(__file__).parent.parent
+
+
+def write(folder: Path, accuracy: float | None = None, seed: int = 1) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "params.json", {"seed": seed})
+    if accuracy is not None:
+        run = {"status": "completed", "epoch": 3, "num_epochs": 3, "params": {"seed": seed}}
+        write_json(folder / "run.json", run)
+        write_json(folder / "metrics_val_best_weights.json", {"accuracy": accuracy, "cross_entropy": 1.0, "epoch": 2})
+
+
+def synthesize(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["synthesize_results.py", *map(str, arguments)])
+    return synthesize_results.main()
+
+
+def test_the_terminal_and_results_md_show_the_same_and_csv_stands_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "a", 0.5)
+    write(tmp_path / "b", 0.75, seed=2)
+    write(tmp_path / "c")
+    monkeypatch.chdir(tmp_path)
+    assert synthesize(monkeypatch, "--parent_dir", ".") == 0
+    text = (tmp_path / "results.md").read_text()
+    assert capsys.readouterr().out == text
+    first, blank, header, _, *rows = text.splitlines()
+    command = "python synthesize_results.py --parent_dir ."
+    assert (first, blank) == (f"`{command}` found 3 experiments: 2 completed, 1 pending", "")
+    assert header.startswith("| experiment")
+    assert [row.split("|")[1].strip() for row in rows] == ["b", "a", "c"]
+    assert "**0.7500**" in rows[0]
+    assert (tmp_path / "results.csv").read_text().splitlines()[1].startswith("b,2,0.75,1.0,2,")
+
+
+def test_a_second_run_replaces_the_files_and_does_not_read_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a", 0.5)
+    synthesize(monkeypatch, "--parent_dir", tmp_path)
+    first = (tmp_path / "results.md").read_bytes()
+    synthesize(monkeypatch, "--parent_dir", tmp_path)
+    assert (tmp_path / "results.md").read_bytes() == first
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "results.csv", "results.md"}
+
+
+def test_a_problem_is_a_warning_at_the_end_and_the_status_is_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "a", 0.5)
+    write(tmp_path / "b", 0.75)
+    (tmp_path / "b" / "run.json").write_text('{"status": "comp')
+    assert synthesize(monkeypatch, "--parent_dir", tmp_path) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"warning: {tmp_path / 'b'}: run.json: not JSON")
+    assert "unreadable: run.json: not JSON" in (tmp_path / "results.md").read_text()
+
+
+def test_quiet_writes_the_files_and_says_only_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "a", 0.5)
+    synthesize(monkeypatch, "--parent_dir", tmp_path, "--quiet")
+    assert capsys.readouterr() == ("", "")
+    (tmp_path / "a" / "params.json").write_text("")
+    synthesize(monkeypatch, "--parent_dir", tmp_path, "--quiet")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"warning: {tmp_path / 'a'}: params.json: not JSON")
+    assert (tmp_path / "results.csv").exists()
+
+
+def test_an_empty_tree_is_a_sentence_and_status_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert synthesize(monkeypatch, "--parent_dir", tmp_path) == 0
+    assert capsys.readouterr().out.startswith(f"no experiments under {tmp_path}: a folder with a params.json is one; ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tree_that_cannot_be_written_is_shown_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "a", 0.5)
+    (tmp_path / "results.md").mkdir()
+    with pytest.raises(RunError, match="cannot write"):
+        synthesize(monkeypatch, "--parent_dir", tmp_path)
+    assert "**0.5000**" in capsys.readouterr().out
+
+
+def test_sort_names_another_metric(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "a", 0.5)
+    write(tmp_path / "b", 0.75)
+    write_json(tmp_path / "a" / "metrics_test_best_weights.json", {"accuracy": 0.5})
+    synthesize(monkeypatch, "--parent_dir", tmp_path, "--sort", "test_accuracy")
+    rows = capsys.readouterr().out.splitlines()[4:]
+    assert str(tmp_path / "a") in rows[0]
+    assert "**0.7500**" in rows[1]
+
+
+def test_names_that_no_file_can_hold_do_not_stop_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (b"not\xffutf8", b"new\nline", b"pi|pe", b"=cmd()", b"-x"):
+        write(tmp_path / name.decode(errors="surrogateescape"), 0.5)
+    monkeypatch.chdir(tmp_path)
+    assert synthesize(monkeypatch, "--parent_dir", ".") == 0
+    table = (tmp_path / "results.md").read_text()
+    assert len(table.splitlines()) == 2 + 2 + 5
+    assert r"| pi\|pe" in table
+    assert "\n'=cmd()," in (tmp_path / "results.csv").read_text()
+
+
+def test_reading_while_runs_write_never_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a", 0.5)
+    stop = threading.Event()
+
+    def train() -> None:
+        epoch = 0
+        while not stop.is_set():
+            epoch += 1
+            write_json(tmp_path / "a" / "metrics_val_best_weights.json", {"accuracy": 0.5, "epoch": epoch})
+            write_json(
+                tmp_path / "a" / "run.json", {"status": "running", "epoch": epoch, "num_epochs": 9, "params": {}}
+            )
+            if epoch % 5 == 0:  # --restart
+                (tmp_path / "a" / "run.json").unlink()
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        for _ in range(30):
+            assert synthesize(monkeypatch, "--parent_dir", tmp_path, "--quiet") == 0
+    finally:
+        stop.set()
+        thread.join()
+
+
+def run_script(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "synthesize_results.py", *arguments]
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True)
+
+
+def test_a_parent_dir_that_does_not_exist_is_one_line_and_status_2(tmp_path: Path) -> None:
+    done = run_script("--parent_dir", tmp_path / "nowhere")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert "nowhere: No such file or directory; name the folder" in done.stderr
+
+
+def test_no_torch_is_imported(tmp_path: Path) -> None:
+    write(tmp_path / "a", 0.5)
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['x', '--parent_dir', {str(tmp_path)!r}]\n"
+        "import synthesize_results; synthesize_results.main()\n"
+        "import json; print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules = json.loads(done.stdout.splitlines()[-1])
+    assert "pandas" in modules
+    assert not {"torch", "torchvision", "model"} & set(modules)
+
+
+def test_pandas_is_not_imported_before_there_is_a_table() -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import synthesize_results; sys.exit('pandas' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_thousand_experiments_are_a_thousand_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for index in range(1000):
+        folder = tmp_path / f"group_{index % 10}" / f"seed_{index}"
+        folder.mkdir(parents=True)
+        (folder / "params.json").write_text(f'{{"seed": {index}}}')
+    assert synthesize(monkeypatch, "--parent_dir", tmp_path, "--quiet") == 0
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 1001

@@ -1,0 +1,226 @@
+"""Trains one experiment directory: `python train.py --model_dir experiments/cnn_distill`.
+
+Reads its params.json, builds student, teacher and loss, trains, and leaves checkpoints, metrics and logs beside it.
+Plain training is distillation with no teacher and the `ce` loss: there is one loop. Run again, it goes on where it
+stopped; on a finished directory it does nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from experiment import Experiment, load_teacher_checkpoint, read_status
+from model import data, schema
+from model.engine import Learner, Totals, choose_device, choose_precision, device_name, evaluate, train_epoch
+from model.losses import LOSSES
+from model.metrics import count_parameters
+from model.nets import NETS
+from model.optim import create_optimizer, create_schedule
+from model.rng import derive_seed
+from model.teacher import FrozenTeacher, create_teacher
+from utils import OK, USAGE, EpochBar, Params, RunError, log, run_main, set_logger
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_dir", type=Path, nargs="+", required=True, help="directory that holds params.json")
+    parser.add_argument("--overrides", nargs="+", default=[], metavar="KEY=VALUE", help="such as loss.alpha=0.5")
+    parser.add_argument("--seed", type=int, help="short for --overrides seed=N")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    parser.add_argument("--train_teacher", action="store_true", help="train the teacher first if it is not trained")
+    parser.add_argument("--restart", action="store_true", help="begin anew and remove what an earlier run left")
+    parser.add_argument("--check", action="store_true", help="only check params.json (of several directories, too)")
+    parser.add_argument("--quiet", action="store_true", help="only warnings and errors on the console")
+    args = parser.parse_args()
+    if len(args.model_dir) > 1 and not args.check:
+        parser.error("several directories go with --check only; search_hyperparams.py runs many")
+    if args.seed is not None:
+        args.overrides.append(f"seed={args.seed}")
+    return args
+
+
+def load_params(model_dir: Path, overrides: Sequence[str]) -> Params:
+    """Returns the checked params of a directory, which may not be its own teacher."""
+    params = Params.load(model_dir, schema.resolve, overrides)
+    if params.teacher and Path(params.teacher["model_dir"]).resolve() == model_dir.resolve():
+        raise RunError(f"{model_dir / 'params.json'}: teacher.model_dir: the directory itself; name another", "params")
+    return params
+
+
+def check(model_dirs: Sequence[Path], overrides: Sequence[str]) -> int:
+    """Reports every problem of every directory's params; touches nothing."""
+    wrong = 0
+    for model_dir in model_dirs:
+        try:
+            load_params(model_dir, overrides)
+        except RunError as error:
+            wrong += 1
+            print(error, file=sys.stderr)
+    print(f"{len(model_dirs) - wrong} of {len(model_dirs)} params.json pass the check")
+    return USAGE if wrong else OK
+
+
+def train_teacher(teacher_dir: Path, args: argparse.Namespace) -> None:
+    """Trains a teacher that is not trained yet, in a process of its own, on the dataset that the student is given."""
+    if not (teacher_dir / "params.json").is_file() or read_status(teacher_dir) == "completed":
+        return
+    command = [sys.executable, __file__, "--model_dir", str(teacher_dir), "--device", args.device, "--train_teacher"]
+    shared = [override for override in args.overrides if override.startswith("dataset.")]
+    command += [*(["--quiet"] if args.quiet else []), *(["--overrides", *shared] if shared else [])]
+    status = subprocess.run(command).returncode
+    if status:
+        raise RunError(f"teacher {teacher_dir} was not trained to its end; the lines above say why", "teacher", status)
+
+
+@dataclass
+class Run:
+    """One attempt at training: the loop over epochs, and where in it the run can be saved."""
+
+    params: Params
+    experiment: Experiment
+    splits: data.Data
+    learner: Learner
+    teacher: FrozenTeacher | None
+    head: Mapping[str, Any]  # what every checkpoint of this run says of itself
+    quiet: bool
+
+    def restore(self, state: Mapping[str, Any] | None) -> tuple[int, Totals]:
+        """Returns the epoch to go on with and the sums of what is done of it already."""
+        totals = Totals(self.learner.device)
+        if state is None:
+            return 0, totals
+        self.learner.load_state_dict(state)
+        totals.load_state_dict(state["totals"])
+        log.info("going on after epoch %d, step %d", state["epoch"], totals.steps)
+        other = [
+            f"{key} {state[key]} -> {self.head[key]}" for key in ("device", "threads") if state[key] != self.head[key]
+        ]
+        if other:
+            log.warning("the last bits will differ from those of an uninterrupted run: %s", ", ".join(other))
+        return state["epoch"], totals
+
+    def snapshot(self, epoch: int, totals: Totals) -> dict[str, Any]:
+        """Returns all that a resume needs, at `totals.steps` steps into an epoch (from 0)."""
+        totals.means()  # raises where a sum is not finite: no such state may be kept
+        position = {"epoch": epoch, "step": totals.steps, "totals": totals.state_dict()}
+        return {**self.head, **self.learner.state_dict(), **position}
+
+    def epoch(self, epoch: int, totals: Totals) -> None:
+        """Trains, validates and commits an epoch (from 0), or what is left of it."""
+        name = f"epoch {epoch + 1}/{self.params.num_epochs}"
+        bar = EpochBar(name, len(self.splits.train), totals.steps, self.quiet)
+        started, done = time.monotonic(), totals.samples
+
+        def pause(*_: object) -> None:
+            where = f"in {name} after step {totals.steps}"
+            self.experiment.pause(lambda: self.snapshot(epoch, totals), self.params.checkpoint_minutes, where)
+
+        def after_step() -> None:
+            bar.step(totals.means)
+            pause()
+
+        train_metrics = train_epoch(
+            self.learner,
+            self.splits.train,
+            epoch=epoch,
+            seed=self.params.seed,
+            teacher=self.teacher,
+            totals=totals,
+            after_step=after_step,
+        )
+        speed = (totals.samples - done) / (time.monotonic() - started)
+        bar.close()
+        val_metrics = evaluate(
+            self.learner.student,
+            self.splits.val,
+            precision=self.learner.precision,
+            loss=self.learner.loss,
+            teacher=self.teacher,
+            after_batch=pause,
+        )
+        seconds = time.monotonic() - started
+        rate = self.learner.optimizer.param_groups[0]["lr"]
+        record = {"epoch": epoch + 1, "learning_rate": rate, "train": train_metrics, "val": val_metrics}
+        state = self.snapshot(epoch + 1, Totals(self.learner.device))
+        is_best = self.experiment.record(state, record, {"images_per_second": speed, "epoch_seconds": seconds})
+        left = tqdm.format_interval((self.params.num_epochs - epoch - 1) * seconds)
+        log.info(
+            "Epoch %d/%d: train loss %.4f accuracy %.4f; val loss %.4f accuracy %.4f%s; %.0f images/s, %s left",
+            *(epoch + 1, self.params.num_epochs, train_metrics["loss"], train_metrics["accuracy"]),
+            *(val_metrics["loss"], val_metrics["accuracy"], " (best)" if is_best else "", speed, left),
+        )
+        self.experiment.stop_if_asked(f"after {name}")
+
+
+def train(args: argparse.Namespace) -> int:
+    model_dir = args.model_dir[0]
+    params = load_params(model_dir, args.overrides)
+    experiment = Experiment(model_dir)
+    if not args.restart and experiment.is_finished(params):
+        log.info("%s is finished: %d epochs. Nothing to do; --restart begins anew.", model_dir, params.num_epochs)
+        return OK
+
+    loss = LOSSES.create(params.loss)
+    teacher_state = teacher_sha = None
+    if loss.needs_teacher:  # before any work: it may be missing
+        teacher_dir = Path(params.teacher["model_dir"])
+        if args.train_teacher:
+            train_teacher(teacher_dir, args)
+        teacher_state, teacher_sha = load_teacher_checkpoint(teacher_dir, params.teacher["restore_file"])
+
+    device = choose_device(args.device)
+    precision = choose_precision(params.precision, device)
+    splits = data.create(params.dataset, seed=params.seed, device=device)
+    net_record = {"section": params.student, **splits.facts()}
+    torch.manual_seed(derive_seed(params.seed, "init"))
+    student = NETS.create(params.student, splits.num_classes).to(device, memory_format=torch.channels_last)
+    teacher = None
+    if teacher_state is not None:
+        teacher = create_teacher(teacher_state, f"teacher {teacher_dir}", net_record)
+        teacher = teacher.to(device, memory_format=torch.channels_last)
+    loss = loss.to(device)
+    optimizer = create_optimizer(params.optimizer, [*student.parameters(), *loss.parameters()])
+    schedule = create_schedule(params.schedule, optimizer, params.num_epochs, len(splits.train))
+    learner = Learner(student, loss, optimizer, schedule, precision)
+
+    machine = {"device": device_name(device), "precision": precision, "threads": torch.get_num_threads()}
+    identity = {"data": splits.fingerprint, "teacher": teacher_sha, "precision": precision}
+    head = {"net": net_record, "params": params.dict, **machine}
+    run = Run(params, experiment, splits, learner, teacher, head, args.quiet)
+    with experiment.attempt(params, identity, restart=args.restart, **machine, overrides=args.overrides) as state:
+        set_logger(model_dir / "train.log", args.quiet)
+        log.info("%s: %s", model_dir, ", ".join(f"{key} {value}" for key, value in machine.items()))
+        log.info("%s", splits.describe())
+        log.info("student %s: %s parameters", params.student["name"], f"{count_parameters(student):,}")
+        log.info("loss: %s", loss.describe())
+        if teacher is not None and teacher_state is not None:
+            score = evaluate(teacher, splits.val, precision=precision)["accuracy"]
+            name, reported = teacher_state["net"]["section"]["name"], teacher_state["metrics"]["accuracy"]
+            log.info("teacher %s: %s, val accuracy %.4f here, %.4f in its own run", teacher_dir, name, score, reported)
+        first, totals = run.restore(state)
+        for epoch in range(first, params.num_epochs):
+            run.epoch(epoch, totals)
+            totals = Totals(device)
+    return OK
+
+
+def main() -> int:
+    args = parse_args()
+    if args.check:
+        return check(args.model_dir, args.overrides)
+    set_logger(quiet=args.quiet)
+    return train(args)
+
+
+if __name__ == "__main__":
+    run_main(main)
