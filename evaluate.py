@@ -18,7 +18,7 @@ import torch
 
 from experiment import load_checkpoint, load_teacher_checkpoint
 from model import data, metrics, nets, schema
-from model.engine import choose_device, choose_precision, evaluate
+from model.engine import choose_device, choose_precision, evaluate, place
 from model.outputs import Batch, Outputs
 from model.teacher import FrozenTeacher, create_teacher
 from utils import OK, Params, RunError, log, run_main, set_logger, write_file, write_json
@@ -88,10 +88,10 @@ def main() -> int:
         raise RunError(
             f"{path}: trained on other classes than the dataset's; give the dataset it was trained on", "data"
         )
-    net = nets.restore(state, str(path)).to(device, memory_format=torch.channels_last)
+    net = place(nets.restore(state, str(path)), device)
     teacher = load_teacher(params, state["net"])
     if teacher is not None:
-        teacher = teacher.to(device, memory_format=torch.channels_last)
+        teacher = place(teacher, device)
 
     columns: dict[str, list[torch.Tensor]] = {"logits": [], "labels": [], "indices": [], "teacher_logits": []}
 
@@ -127,7 +127,7 @@ def main() -> int:
     )
     if args.save_predictions:
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **{name: column.numpy() for name, column in table.items()})
+        np.savez_compressed(buffer, **{name: column.numpy() for name, column in table.items()})  # type: ignore[arg-type]
         write_file(args.model_dir / f"predictions_{stem}.npz", buffer.getvalue())
     for name, value in {**scores, **origin}.items():
         log.info("%s: %s", name, f"{value:.4f}" if isinstance(value, float) else value)

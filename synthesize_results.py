@@ -38,7 +38,7 @@ def main() -> int:
     text = "\n\n".join([f"`{command}` found {summary(rows)}", to_markdown(frame), *warnings]) + "\n"
     try:
         for name, content in (("results.md", text), ("results.csv", to_csv(frame))):
-            write_file(args.parent_dir / name, content.encode(errors="replace"))
+            write_file(args.parent_dir / name, content.encode())
     finally:  # also where the folder is someone else's and cannot be written
         if args.quiet:
             sys.stderr.writelines(f"{warning}\n" for warning in warnings)

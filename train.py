@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from experiment import Experiment, load_teacher_checkpoint, read_status
 from model import data, schema
-from model.engine import Learner, Totals, choose_device, choose_precision, device_name, evaluate, train_epoch
+from model.engine import Learner, Totals, choose_device, choose_precision, device_name, evaluate, place, train_epoch
 from model.losses import LOSSES
 from model.metrics import count_parameters
 from model.nets import NETS
@@ -183,11 +183,10 @@ def train(args: argparse.Namespace) -> int:
     splits = data.create(params.dataset, seed=params.seed, device=device)
     net_record = {"section": params.student, **splits.facts()}
     torch.manual_seed(derive_seed(params.seed, "init"))
-    student = NETS.create(params.student, splits.num_classes).to(device, memory_format=torch.channels_last)
+    student = place(NETS.create(params.student, splits.num_classes), device)
     teacher = None
     if teacher_state is not None:
-        teacher = create_teacher(teacher_state, f"teacher {teacher_dir}", net_record)
-        teacher = teacher.to(device, memory_format=torch.channels_last)
+        teacher = place(create_teacher(teacher_state, f"teacher {teacher_dir}", net_record), device)
     loss = loss.to(device)
     optimizer = create_optimizer(params.optimizer, [*student.parameters(), *loss.parameters()])
     schedule = create_schedule(params.schedule, optimizer, params.num_epochs, len(splits.train))

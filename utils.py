@@ -53,6 +53,7 @@ class RunError(Exception):
 
 def run_main(main: Callable[[], int]) -> None:
     """Runs a script's `main` and exits with its status; errors that carry an `exit_status` are one line."""
+    status: int | None
     try:
         status = main()
     except KeyboardInterrupt:
@@ -136,7 +137,7 @@ def write_file(path: Path, content: bytes) -> None:
     try:
         try:
             handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-            with open(handle, "wb") as file:
+            with os.fdopen(handle, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())

@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, get_type_hints
 
-from pydantic import ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
 Problem = tuple[str, str]  # (dotted key below the section, what is wrong with it and what to do)
@@ -83,6 +83,11 @@ class Registry:
             raise KeyError(f"unknown {self.kind} {name!r}; {suggest(member, members)}")
         raise KeyError(f"unknown {self.kind} {name!r}; {suggest(name, self)}")
 
+    def functions(self, entry: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
+        """Returns the callables whose options together a section of `entry` takes."""
+        target = entry.func if isinstance(entry, functools.partial) else entry
+        return (target, self.common) if self.common else (target,)
+
     def create(self, section: Mapping[str, Any], *context: Any) -> Any:
         """Calls the entry that `section["name"]` picks with `context` and the section's other options."""
         own, _ = self.split(section)
@@ -110,7 +115,7 @@ class Registry:
         except KeyError as error:
             return {}, [("name", str(error.args[0]))]
         options = {key: value for key, value in section.items() if key != "name"}
-        resolved, problems = check_options(options, entry, *([self.common] if self.common else []))
+        resolved, problems = check_options(options, *self.functions(entry))
         return {"name": name, **resolved}, problems
 
 
@@ -126,9 +131,8 @@ def options_of(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
 
     The default of a required option is `...` (pydantic's mark).
     """
-    target = function.func if isinstance(function, functools.partial) else function
-    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
-    parameters = inspect.signature(target).parameters.values()
+    hints = get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
+    parameters = inspect.signature(function).parameters.values()
     return {
         p.name: (hints[p.name], ... if p.default is p.empty else p.default)
         for p in parameters
@@ -136,16 +140,22 @@ def options_of(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def check_options(options: Mapping[str, Any], *functions: Callable[..., Any]) -> tuple[dict[str, Any], list[Problem]]:
-    """Checks options against the signatures of `functions` together, strictly, and fills in defaults."""
+@functools.cache
+def options_model(*functions: Callable[..., Any]) -> type[BaseModel]:
+    """Returns the strict pydantic model of the options of `functions` together."""
     fields: dict[str, Any] = {}
     for function in functions:
-        fields.update(options_of(function))
-    schema = create_model("Options", __config__=STRICT, **fields)
+        fields |= options_of(function)
+    return create_model("Options", __config__=STRICT, **fields)
+
+
+def check_options(options: Mapping[str, Any], *functions: Callable[..., Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """Checks options against the signatures of `functions` together, strictly, and fills in defaults."""
+    model = options_model(*functions)
     try:
-        return schema.model_validate(dict(options)).model_dump(), []
+        return model.model_validate(dict(options)).model_dump(), []
     except ValidationError as error:
-        return {}, [_problem(detail, fields) for detail in error.errors()]
+        return {}, [_problem(detail, model.model_fields) for detail in error.errors()]
 
 
 _SENTENCES = {

@@ -14,13 +14,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import Field, create_model
+from pydantic import Field
 
 from model.data import DATASETS
 from model.losses import LOSSES
 from model.nets import NETS
 from model.optim import OPTIMIZERS, SCHEDULES
-from model.registry import STRICT, Problem, Registry, check_options, options_of, suggest
+from model.registry import Problem, Registry, check_options, options_model, options_of, suggest
 
 SECTIONS: dict[str, Registry] = {
     "dataset": DATASETS,
@@ -203,20 +203,19 @@ def json_schema() -> dict[str, Any]:
     """Returns a JSON Schema of params.json: each section is one of its entries, told apart by `name`."""
 
     def section_schema(registry: Registry, name: str, entry: Callable[..., Any]) -> dict[str, Any]:
-        fields = options_of(entry) | (options_of(registry.common) if registry.common else {})
-        schema = create_model("Options", __config__=STRICT, **fields).model_json_schema()
+        schema = options_model(*registry.functions(entry)).model_json_schema()
         named = {"pattern": f"^{name}.+"} if name.endswith("/") else {"const": name}
         schema["properties"] = {"name": {"type": "string", **named}, **schema.get("properties", {})}
         schema["required"] = ["name", *schema.get("required", [])]
         schema["title"] = name
         return schema
 
-    schema = create_model("Params", __config__=STRICT, **options_of(run_options)).model_json_schema()
+    schema = options_model(run_options).model_json_schema()
     for section, registry in SECTIONS.items():
         schema["properties"][section] = {"oneOf": [section_schema(registry, *item) for item in registry.items()]}
         if section not in DEFAULTS:
             schema["required"].append(section)
-    teacher = create_model("Teacher", __config__=STRICT, **options_of(teacher_options)).model_json_schema()
+    teacher = options_model(teacher_options).model_json_schema()
     schema["properties"]["teacher"] = {"oneOf": [{"type": "string"}, {"type": "null"}, teacher]}
     return schema
 

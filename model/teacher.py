@@ -24,6 +24,9 @@ class FrozenTeacher(nn.Module):
         net_mean, net_std: The constants that `net` was trained with.
     """
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(
         self,
         net: nn.Module,

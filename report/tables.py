@@ -40,13 +40,8 @@ DIGITS = {metric.header: metric.digits for metric in METRICS.values()}
 
 def sort_rows(rows: Sequence[Row], by: str = "val_accuracy") -> list[Row]:
     """Returns the rows best first by a name in `METRICS`; those without the number come last, ties by path."""
-    metric = METRICS[by]
-
-    def place(row: Row) -> tuple[bool, float, str]:
-        value = row.metrics.get(metric.key)
-        return value is None, metric.sign * (value or 0), row.path
-
-    return sorted(rows, key=place)
+    key, sign = METRICS[by].key, METRICS[by].sign
+    return sorted(rows, key=lambda row: (key not in row.metrics, sign * row.metrics.get(key, 0), row.path))
 
 
 def differing_options(rows: Sequence[Row]) -> dict[str, str]:
@@ -99,7 +94,7 @@ def _cell(value: Any, header: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Returns text that moves no cursor and can be encoded: the name of a directory may hold any character."""
+    """Returns text that moves no cursor, ends no line and can be encoded: a directory's name may hold anything."""
     return "".join(char if char.isprintable() else " " for char in text)
 
 
@@ -108,7 +103,10 @@ def to_csv(frame: pd.DataFrame) -> str:
     import pandas as pd
 
     def inert(value: Any) -> Any:
-        return f"'{value}" if isinstance(value, str) and value.startswith(tuple("=+-@\t\r\n")) else value
+        if not isinstance(value, str):
+            return value
+        text = one_line(value)
+        return f"'{text}" if text.lstrip().startswith(tuple("=+-@")) else text
 
     # Not frame.map: it would make 28 beside a None a 28.0.
     lines = [[inert(value) for value in line] for line in frame.itertuples(index=False, name=None)]

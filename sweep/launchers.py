@@ -16,7 +16,7 @@ TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
 class Launcher(Protocol):
-    """Runs `train.py` on directories; what it prints is appended to their console.log, under a line with the command."""
+    """Runs `train.py` on directories; what it prints is appended to their console.log, below the command."""
 
     slots: int  # how many may run at a time
 

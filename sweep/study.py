@@ -16,10 +16,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType, MappingProxyType
+from types import FrameType
 from typing import Any
 
 from tabulate import tabulate
@@ -43,7 +43,7 @@ class Child:
     dir: Path
     point: Point
     params: dict[str, Any]
-    run_before: Mapping[str, Any] = MappingProxyType({})  # run.json as an earlier attempt has left it
+    run_before: dict[str, Any] = field(default_factory=dict)  # run.json as an earlier attempt has left it
 
     def read_run(self) -> dict[str, Any]:
         """Returns run.json; nothing where there is none, or none that can be read (train.py says why)."""

@@ -200,7 +200,7 @@ def test_null_is_empty_and_lists_and_booleans_are_json(tmp_path: Path) -> None:
         (b"", "not JSON: Expecting value at line 1 column 1"),
         (b'{"accuracy": 0.8', "not JSON"),
         (b"\x93NUMPY\x00", "not UTF-8 text"),
-        (b'{"accuracy": NaN}', "nan is not a finite number"),
+        (b'{"accuracy": NaN}', "NaN is not a finite number"),
         (b'{"accuracy": 1e999}', "1e999 is not a finite number"),
         (b'{"epoch": 1, "epoch": 2}', "the key 'epoch' stands there twice"),
         (b"[0.84]", "expected an object"),

@@ -1,0 +1,79 @@
+"""Stands in for train.py: does what params.json says under `stub.do`, and writes what train.py would."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--model_dir", type=Path, nargs="+", required=True)
+parser.add_argument("--check", action="store_true")
+parser.add_argument("--quiet", action="store_true")
+parser.add_argument("--device", default="auto")
+args = parser.parse_args()
+
+if args.check:
+    wrong = 0
+    for model_dir in args.model_dir:
+        loss = json.loads((model_dir / "params.json").read_text()).get("loss", {})
+        if loss.get("alpha", 0) > 1:
+            print(f"{model_dir / 'params.json'}: loss.alpha: {loss['alpha']} is above 1", file=sys.stderr)
+            wrong = 2
+        if loss.get("name") == "crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
+    sys.exit(wrong)
+
+[model_dir] = args.model_dir
+params = json.loads((model_dir / "params.json").read_text())
+stub, started = params.get("stub", {}), time.monotonic()
+
+
+def write_run(status, reason=None, epoch=0, **more):
+    run = {"status": status, "reason": reason, "epoch": epoch, "num_epochs": params["num_epochs"], **more}
+    (model_dir / "run.json").write_text(json.dumps(run))
+
+
+def on_sigterm(*_):
+    write_run("interrupted", "signal", 1)
+    sys.exit(143)
+
+
+signal.signal(signal.SIGTERM, signal.SIG_IGN if stub.get("do") == "stubborn" else on_sigterm)
+write_run("running")
+(model_dir / "pid").write_text(str(os.getpid()))
+match stub.get("do", "ok"):
+    case "fail":
+        print("some line\nthe teacher has 100 classes\x1b[31m but the student has 10\n\n", flush=True)
+        write_run("failed", "teacher")
+        sys.exit(2)
+    case "segfault":
+        worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        (model_dir / "worker").write_text(str(worker.pid))
+        os.kill(os.getpid(), signal.SIGSEGV)
+    case "flood":
+        while True:
+            print("x" * 10_000)
+    case "locked":
+        (model_dir / "run.json").unlink()
+        sys.exit(75)
+    case "nothing":
+        sys.exit(0)
+    case "sleep" | "stubborn":
+        time.sleep(60)
+time.sleep(stub.get("seconds", 0))
+record = {
+    "started": started,
+    "ended": time.monotonic(),
+    "threads": os.environ["OMP_NUM_THREADS"],
+    "argv": sys.argv[1:],
+    "stdin": sys.stdin.read(),
+    "session": os.getsid(0) == os.getpid(),
+}
+(model_dir / "record.json").write_text(json.dumps(record))
+accuracy = params.get("loss", {}).get("alpha", 0.5)
+write_run("completed", epoch=params["num_epochs"], best={"accuracy": accuracy, "epoch": 2})
+print("done")

@@ -1,0 +1,243 @@
+"""Claims about a search: what it plans from the directories, what it refuses, and that one child never stops others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from sweep import study
+from sweep.launchers import Local
+from sweep.study import Child, check, plan, run, table, write
+from utils import RunError
+
+MakeParent = Callable[..., Path]
+
+
+def search(parent: Path, slots: int = 1) -> int:
+    children = plan(parent)
+    write(children)
+    return run(children, Local(slots))
+
+
+def put_run(child: Child, **run: Any) -> None:
+    (child.dir / "run.json").write_text(json.dumps(run))
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def snapshot(parent: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in parent.rglob("*") if path.is_file()}
+
+
+def test_a_child_is_the_reference_with_overrides_and_its_point(make_parent: MakeParent) -> None:
+    parent = make_parent({"alpha": [0.1], "student.name": ["cnn"]})
+    children = plan(parent, ["temperature=8", "seed=1"])
+    write(children)
+    text = (parent / "alpha_0.1_name_cnn" / "params.json").read_text()
+    assert json.loads(text) == {
+        "num_epochs": 3,
+        "loss": {"name": "kd", "alpha": 0.1, "temperature": 8},
+        "stub": {"do": "ok", "seconds": 0},
+        "seed": 1,
+        "student": {"name": "cnn"},
+    }
+    assert '\n    "loss": {\n        "name": "kd",' in text
+
+
+def test_an_override_of_what_is_varied_is_refused(make_parent: MakeParent) -> None:
+    with pytest.raises(RunError, match=r"--overrides: loss.alpha is what .*search.json varies"):
+        plan(make_parent({"alpha": [0.1]}), ["loss.alpha=0.5"])
+
+
+def test_without_params_the_parents_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"params.json: does not exist"):
+        plan(tmp_path)
+
+
+def test_writing_again_changes_nothing(make_parent: MakeParent) -> None:
+    parent = make_parent({"alpha": [0.1, 0.2]})
+    write(plan(parent))
+    before = {path: path.stat().st_mtime_ns for path in parent.rglob("*")}
+    write(plan(parent))
+    assert {path: path.stat().st_mtime_ns for path in parent.rglob("*")} == before
+
+
+def test_a_child_with_other_params_is_refused_with_the_difference(make_parent: MakeParent) -> None:
+    parent = make_parent({"alpha": [0.1, 0.2]})
+    write(plan(parent)[1:])
+    parent = make_parent({"alpha": [0.1, 0.2]}, num_epochs=5)
+    with pytest.raises(RunError) as caught:
+        plan(parent)
+    assert f"{parent / 'alpha_0.2' / 'params.json'} is not what" in str(caught.value)
+    assert "num_epochs: 3 -> 5" in str(caught.value)
+    assert "remove that directory or undo the change" in str(caught.value)
+    assert not (parent / "alpha_0.1").exists()
+
+
+def test_a_file_in_the_way_of_a_child_is_one_line(make_parent: MakeParent) -> None:
+    parent = make_parent({"alpha": [0.1]})
+    (parent / "alpha_0.1").write_text("")
+    with pytest.raises(RunError, match=r"cannot write .*alpha_0.1: File exists"):
+        write(plan(parent))
+
+
+def test_problems_are_told_before_anything_is_written_and_name_the_childs_own_path(
+    make_parent: MakeParent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "CHECKED_AT_ONCE", 2)
+    parent = make_parent({"alpha": [0.5, 1.5, 0.6, 2.5]})
+    before = snapshot(parent)
+    with pytest.raises(RunError) as caught:
+        check(plan(parent))
+    assert str(caught.value).splitlines() == [
+        f"{parent}/alpha_1.5/params.json: loss.alpha: 1.5 is above 1",
+        f"{parent}/alpha_2.5/params.json: loss.alpha: 2.5 is above 1",
+    ]
+    assert caught.value.exit_status == 2
+    assert snapshot(parent) == before
+    check(plan(make_parent({"alpha": [0.5, 0.6, 0.7]})))
+
+
+def test_a_check_that_dies_silently_is_not_a_pass(make_parent: MakeParent) -> None:
+    with pytest.raises(RunError, match=r"train.py --check: killed by signal 11"):
+        check(plan(make_parent({"loss.name": ["crash"]})))
+
+
+def test_the_table_says_what_would_happen_to_each_child(make_parent: MakeParent) -> None:
+    parent = make_parent({"alpha": [1, 2, 3, 4, 5, 6, 7, 8], "student.name": ["a|b"]})
+    children = plan(parent)
+    write(children)
+    put_run(children[1], status="completed", epoch=3)
+    put_run(children[2], status="completed", epoch=2)
+    put_run(children[3], status="interrupted", epoch=1)
+    put_run(children[4], status="running", epoch=1)
+    put_run(children[5], status="failed", reason="diverged", epoch=1)
+    put_run(children[6], status="running", epoch=1)
+    (children[7].dir / "run.json").write_text("{")
+    with FileLock(children[6].dir / ".lock"):
+        text = table(children)
+    header, _, *rows, _, counts = text.splitlines()
+    assert [cell.strip() for cell in header.strip("|").split("|")] == [
+        "child",
+        "loss.alpha",
+        "student.name",
+        "what happens",
+    ]
+    assert [row.rpartition(" | ")[2].strip(" |") for row in rows] == [
+        "run",
+        "skip: completed",
+        "resume at epoch 3",
+        "resume at epoch 2",
+        "resume at epoch 2",
+        "run again: failed (diverged)",
+        "leave: running elsewhere",
+        "run again: failed (run.json cannot be read)",
+    ]
+    assert "a\\|b" in rows[0]
+    assert counts == "8 children: 6 to run, 1 completed, 1 running elsewhere"
+
+
+def test_finished_children_are_not_started_again(make_parent: MakeParent, lines: list[str]) -> None:
+    parent = make_parent({"alpha": [0.1, 0.2]})
+    assert search(parent) == 0
+    before = snapshot(parent)
+    assert search(parent) == 0
+    assert snapshot(parent) == before
+    assert "0 done, 2 skipped, 0 failed, 0 not started" in lines
+    assert "best alpha_0.2: accuracy 0.2000 at epoch 2" in lines
+
+
+def test_interrupted_and_failed_children_run_again(make_parent: MakeParent, lines: list[str]) -> None:
+    children = plan(make_parent({"alpha": [0.1, 0.2]}))
+    write(children)
+    put_run(children[0], status="interrupted", epoch=1)
+    put_run(children[1], status="failed", epoch=1)
+    assert run(children, Local()) == 0
+    assert all(child.is_finished() for child in children)
+
+
+def test_a_child_that_another_process_runs_is_left_to_it(make_parent: MakeParent, lines: list[str]) -> None:
+    children = plan(make_parent({"alpha": [0.1, 0.2]}))
+    write(children)
+    put_run(children[0], status="running", epoch=1)
+    with FileLock(children[0].dir / ".lock"):
+        assert run(children, Local()) == 1
+    assert not (children[0].dir / "console.log").exists()
+    assert children[1].is_finished()
+    assert "1 done, 0 skipped, 0 failed, 1 running elsewhere, 0 not started" in lines
+
+
+def test_no_failure_stops_the_others_and_each_is_told_twice(
+    make_parent: MakeParent, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "MAX_CONSOLE_BYTES", 100_000)
+    parent = make_parent({"stub.do": ["fail", "segfault", "flood", "nothing", "locked", "ok"]})
+    assert search(parent, 2) == 1
+    failures = {
+        "do_fail": "exit status 2 (teacher): the teacher has 100 classes?[31m but the student has 10",
+        "do_segfault": "killed by signal 11 (Segmentation fault): --- 2",
+        "do_flood": "killed by signal 9 (Killed) (console.log is larger than 100000 bytes; remove it): xxx",
+        "do_nothing": "exit status 0, but run.json is not of a completed run: --- 2",
+    }
+    for name, words in failures.items():
+        told = [line for line in lines if f"{name} failed: {words}" in line]
+        assert [line.startswith("[") for line in told] == [True, False], lines
+    assert any(line.endswith("/6] do_locked is running elsewhere") for line in lines)
+    assert any(line.endswith("/6] do_ok: accuracy 0.9000 at epoch 2") for line in lines)
+    assert "1 done, 0 skipped, 4 failed, 1 running elsewhere, 0 not started" in lines
+    assert lines[-1] == f"python synthesize_results.py --parent_dir {parent}"
+
+
+def test_an_earlier_attempts_reason_is_not_given_for_this_one(make_parent: MakeParent, lines: list[str]) -> None:
+    children = plan(make_parent({"stub.do": ["locked"]}))
+    write(children)
+    child = children[0]
+    put_run(child, status="failed", reason="diverged", epoch=1)
+    child.run_before = child.read_run()
+    (child.dir / "console.log").write_text("bad\n")
+    assert study.judge(child, 75, False)[0] == "running elsewhere"
+    assert "diverged" not in study.judge(child, 2, False)[1]
+
+
+def test_a_child_that_cannot_be_started_is_a_failure_like_another(make_parent: MakeParent, lines: list[str]) -> None:
+    children = plan(make_parent({"alpha": [0.1, 0.2]}))
+    write(children)
+    (children[0].dir / "console.log").mkdir()
+    assert run(children, Local()) == 1
+    assert any("alpha_0.1 failed: it could not be started: " in line for line in lines)
+    assert children[1].is_finished()
+
+
+def test_no_more_than_the_slots_run_at_a_time(make_parent: MakeParent, lines: list[str]) -> None:
+    parent = make_parent({"alpha": [0.1, 0.2, 0.3, 0.4, 0.5]}, stub={"do": "ok", "seconds": 0.3})
+    assert search(parent, 2) == 0
+    records = [read(path) for path in sorted(parent.glob("*/record.json"))]
+    overlaps = [sum(other["started"] <= record["started"] < other["ended"] for other in records) for record in records]
+    assert len(records) == 5
+    assert max(overlaps) == 2
+
+
+def test_the_parent_itself_is_never_trained(make_parent: MakeParent, lines: list[str]) -> None:
+    parent = make_parent({"alpha": [0.1]})
+    search(parent)
+    assert not (parent / "run.json").exists()
+
+
+def test_an_error_in_the_search_itself_leaves_no_child_behind(make_parent: MakeParent, lines: list[str]) -> None:
+    class Broken(Local):
+        def poll(self) -> dict[Path, int]:
+            raise ZeroDivisionError
+
+    children = plan(make_parent({"stub.do": ["sleep"]}))
+    write(children)
+    launcher = Broken()
+    with pytest.raises(ZeroDivisionError):
+        run(children, launcher)
+    assert launcher._running[children[0].dir].wait(5) in (143, -15)

@@ -1,0 +1,181 @@
+"""Claims about the command: its exit statuses, its files, its signals; each runs it as its own process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# The command as it is, except for what it trains with.
+WITH_STUB = f"""
+import pathlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+import search_hyperparams, sweep.launchers, utils
+sweep.launchers.TRAIN = pathlib.Path({str(ROOT / "tests/sweep/stub_train.py")!r})
+def main():
+    status = search_hyperparams.main()
+    if "torch" in sys.modules:
+        raise AssertionError("torch was imported")
+    return status
+utils.run_main(main)
+"""
+PARAMS: dict[str, Any] = {"num_epochs": 3, "loss": {"alpha": 0.9, "temperature": 4.0}, "stub": {"do": "ok"}}
+
+
+def make(parent: Path, space: dict[str, Any] | None, params: dict[str, Any] = PARAMS) -> Path:
+    parent.mkdir(exist_ok=True)
+    (parent / "params.json").write_text(json.dumps(params))
+    if space is not None:
+        (parent / "search.json").write_text(json.dumps(space))
+    return parent
+
+
+def command(parent: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-c", WITH_STUB, "--parent_dir", str(parent), *arguments]
+
+
+def search(parent: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(parent, *arguments), capture_output=True, text=True, timeout=60, cwd=parent)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if condition():
+            return
+        time.sleep(0.02)
+    raise AssertionError("waited for too long")
+
+
+@pytest.fixture
+def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts searches in the background and leaves nothing behind."""
+    processes: list[tuple[subprocess.Popen[str], Path]] = []
+
+    def start(parent: Path, *arguments: str) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command(parent, *arguments), stdout=pipe, stderr=pipe, text=True, cwd=parent)
+        processes.append((process, parent))
+        return process
+
+    yield start
+    for process, parent in processes:
+        process.kill()
+        process.communicate()
+        for path in parent.glob("*/pid"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(path.read_text()), signal.SIGKILL)
+
+
+def test_a_search_trains_every_child_and_says_what_is_next(tmp_path: Path) -> None:
+    parent = make(tmp_path / "a search", {"alpha": [0.5, 0.9], "temperature": [2.0, 4]})
+    done = search(parent, "--jobs", "2", "--device", "cpu", "--overrides", "seed=1", "num_epochs=1")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.parent.name for path in parent.glob("*/run.json")) == [
+        "alpha_0.5_Temp_2.0",
+        "alpha_0.5_Temp_4",
+        "alpha_0.9_Temp_2.0",
+        "alpha_0.9_Temp_4",
+    ]
+    assert json.loads((parent / "alpha_0.5_Temp_4/record.json").read_text())["argv"][-1] == "cpu"
+    assert json.loads((parent / "alpha_0.5_Temp_4/params.json").read_text())["seed"] == 1
+    lines = done.stdout.splitlines()
+    assert lines[0] == "Searching hyperparameters: 4 of 4 children to run"
+    assert [line[:5] for line in lines[1:5]] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
+    assert lines[5] == "4 done, 0 skipped, 0 failed, 0 not started"
+    assert "accuracy 0.9000 at epoch 2" in lines[6]
+    assert lines[7] == f"python synthesize_results.py --parent_dir '{parent}'"
+    assert done.stderr == ""
+    logged = (parent / "search_hyperparameters.log").read_text().splitlines()
+    assert [line.partition(":INFO: ")[2] for line in logged] == lines
+
+    again = search(parent, "--overrides", "seed=1", "num_epochs=1")
+    assert again.returncode == 0
+    assert "0 done, 4 skipped, 0 failed, 0 not started" in again.stdout
+
+
+def test_a_failure_is_told_and_the_exit_status_is_1(tmp_path: Path) -> None:
+    done = search(make(tmp_path, {"stub.do": ["fail", "ok"]}))
+    assert done.returncode == 1
+    assert done.stderr.count("do_fail failed: exit status 2 (teacher): the teacher has") == 2
+    assert "1 done, 0 skipped, 1 failed" in done.stdout
+
+
+def test_problems_end_with_2_and_nothing_is_written(tmp_path: Path) -> None:
+    parent = make(tmp_path, {"alpha": [0.5, 1.5]})
+    done = search(parent)
+    assert done.returncode == 2
+    assert done.stderr == f"{parent}/alpha_1.5/params.json: loss.alpha: 1.5 is above 1\n"
+    assert sorted(path.name for path in parent.iterdir()) == ["params.json", "search.json"]
+
+
+def test_a_child_with_other_params_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    parent = make(tmp_path, {"alpha": [0.5, 0.6]})
+    make(parent / "alpha_0.6", None)
+    done = search(parent)
+    assert done.returncode == 2
+    assert "loss.alpha: 0.9 -> 0.6" in done.stderr
+    assert not (parent / "alpha_0.5").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--jobs", "0"], ["--jobs", "x"], ["--nonsense"]])
+def test_usage_errors_end_with_2(tmp_path: Path, arguments: list[str]) -> None:
+    assert search(make(tmp_path, None), *arguments).returncode == 2
+
+
+def test_a_dry_run_shows_the_ancestors_grid_and_writes_nothing(tmp_path: Path) -> None:
+    parent = make(tmp_path, None)
+    done = search(parent, "--dry_run")
+    assert done.returncode == 0, done.stderr
+    assert "| alpha_0.99_Temp_20.0 | 0.99         | 20.0               | run            |" in done.stdout
+    assert done.stdout.endswith("40 children: 40 to run, 0 completed, 0 running elsewhere\n")
+    assert [path.name for path in parent.iterdir()] == ["params.json"]
+
+
+def test_nothing_of_the_search_imports_torch() -> None:
+    code = "import sys, search_hyperparams; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 75)])
+def test_at_the_first_signal_the_children_save_and_no_other_is_started(
+    tmp_path: Path, started: Callable[..., subprocess.Popen[str]], number: int, status: int
+) -> None:
+    parent = make(tmp_path, {"alpha": [0.1, 0.2, 0.3]}, PARAMS | {"stub": {"do": "sleep"}})
+    process = started(parent, "--jobs", "2")
+    wait_for(lambda: len(list(parent.glob("*/pid"))) == 2)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == status
+    for name in ("alpha_0.1", "alpha_0.2"):
+        assert json.loads((parent / name / "run.json").read_text())["status"] == "interrupted"
+        assert f"{name} is interrupted after epoch 1" in out
+    assert not (parent / "alpha_0.3/run.json").exists()
+    assert "0 done, 0 skipped, 0 failed, 2 interrupted, 1 not started" in out
+    assert err.splitlines()[-1].endswith("after 0 of 3 children; the same command goes on from there")
+
+
+def test_at_the_second_signal_the_children_are_killed(
+    tmp_path: Path, started: Callable[..., subprocess.Popen[str]]
+) -> None:
+    parent = make(tmp_path, {"stub.do": ["stubborn"]})
+    process = started(parent)
+    pid = parent / "do_stubborn/pid"
+    wait_for(pid.exists)
+    process.send_signal(signal.SIGTERM)
+    log = parent / "search_hyperparameters.log"
+    wait_for(lambda: "a second signal kills" in log.read_text())
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 143
+    assert not Path("/proc", pid.read_text()).exists()
