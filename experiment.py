@@ -138,7 +138,11 @@ def read_status(model_dir: Path) -> str:
     if not path.exists():
         return "pending"
     status = str(read_json(path).get("status", "pending"))
-    return "stale" if status == "running" and not is_locked(model_dir) else status
+    if status == "running" and not is_locked(model_dir):
+        # Read again: the run may have ended, and let go of the lock, between the two looks.
+        status = str(read_json(path).get("status", "pending"))
+        return "stale" if status == "running" else status
+    return status
 
 
 def is_locked(model_dir: Path) -> bool:

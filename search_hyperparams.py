@@ -9,12 +9,13 @@ The same command again skips what is finished and goes on with the rest.
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from sweep.launchers import Local
 from sweep.study import check, plan, run, table, write
-from utils import OK, run_main, set_logger
+from utils import OK, log, run_main, set_logger
 
 
 def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -40,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check(unfinished)
     write(unfinished)
     set_logger(args.parent_dir / "search_hyperparameters.log")
-    return run(children, Local(args.jobs, args.device))
+    status = run(children, Local(args.jobs, args.device))
+    log.info("python synthesize_results.py --parent_dir %s", shlex.quote(str(args.parent_dir)))
+    return status
 
 
 if __name__ == "__main__":

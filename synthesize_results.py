@@ -29,9 +29,8 @@ def main() -> int:
     rows, problems = collect(args.parent_dir)
     warnings = [one_line(f"warning: {problem}") for problem in problems]
     if not rows:
-        folder = one_line(str(args.parent_dir))
-        way = "a folder with a params.json is one; name their parent with --parent_dir"
-        print(f"no experiments under {folder}: {way}", *warnings, sep="\n")
+        way = "a folder with a params.json is one; --parent_dir names their parent"
+        print(one_line(f"no experiments under {args.parent_dir}: {way}"), *warnings, sep="\n")
         return OK
     frame = create_frame(sort_rows(rows, args.sort))
     command = one_line(shlex.join(["python", "synthesize_results.py", *sys.argv[1:]]))

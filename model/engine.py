@@ -37,7 +37,7 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         why = str(error).splitlines()[0]
         raise InputError(f"--device {name}: cannot be used: {why}; name another, such as cpu", "usage") from None
     return device

@@ -131,6 +131,8 @@ def options_of(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
 
     The default of a required option is `...` (pydantic's mark).
     """
+    if isinstance(function, functools.partial):  # a member of a family
+        function = function.func
     hints = get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
     parameters = inspect.signature(function).parameters.values()
     return {
@@ -180,5 +182,7 @@ def _problem(detail: ErrorDetails, known: Mapping[str, Any]) -> Problem:
     key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
         return key, f"unknown option; {suggest(key, known)}"
-    sentence = _SENTENCES.get(detail["type"], detail["msg"])
+    sentence = _SENTENCES.get(detail["type"])
+    if sentence is None:
+        return key, detail["msg"]
     return key, sentence.format(input=repr(detail["input"]), **detail.get("ctx", {}))

@@ -67,8 +67,7 @@ def read_row(folder: Path, files: list[str]) -> Row:
         try:
             return read_json(folder / name) if name in files else {}
         except RunError as error:
-            reason = str(error).removeprefix(f"{folder / name}: ").partition(";")[0]
-            faults.append(f"{name}: {reason}")
+            faults.append(str(error).replace(f"{folder / name}", name, 1).partition(";")[0])
             return {}
 
     raw, run = read("params.json"), read("run.json")
@@ -85,7 +84,7 @@ def read_row(folder: Path, files: list[str]) -> Row:
     for source in SOURCES:
         name = f"metrics_{source}_weights.json"
         for key, value in read(name).items():
-            if type(value) in (int, float) and abs(value) <= sys.float_info.max:
+            if _is_number(value):
                 metrics[f"{source}.{key}"] = value
             elif key in NUMBERS and value is not None:
                 faults.append(f"{name}: {key} is not a number")
@@ -114,7 +113,11 @@ def _sections(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> str | int | float:
-    return value if type(value) in (str, int, float) else json.dumps(value)
+    return value if isinstance(value, str) or _is_number(value) else json.dumps(value)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # JSON has integers that no float holds
 
 
 def describe(state: str, run: Mapping[str, Any]) -> str:

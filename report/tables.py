@@ -73,10 +73,9 @@ def to_markdown(frame: pd.DataFrame) -> str:
 
     columns, align = [], []
     for header, values in frame.items():
-        numbers = [value for value in values if isinstance(value, int | float)]
         texts = [_cell(value, str(header)) for value in values]
-        if header == METRICS["val_accuracy"].header and numbers:
-            best = max(numbers)
+        if header == METRICS["val_accuracy"].header:
+            best = max((value for value in values if isinstance(value, int | float)), default=float("nan"))
             texts = [f"**{text}**" if value == best else text for text, value in zip(texts, values, strict=True)]
         columns.append(texts)
         align.append("left" if any(isinstance(value, str) for value in values) else "right")
@@ -110,8 +109,8 @@ def to_csv(frame: pd.DataFrame) -> str:
 
     # Not frame.map: it would make 28 beside a None a 28.0.
     lines = [[inert(value) for value in line] for line in frame.itertuples(index=False, name=None)]
-    headers = [inert(header) for header in frame.columns]
-    return pd.DataFrame(lines, columns=headers, dtype=object).to_csv(index=False, lineterminator="\n")
+    safe = pd.DataFrame(lines, columns=[*map(inert, frame.columns)], dtype=object)
+    return safe.to_csv(index=False, lineterminator="\n")
 
 
 def summary(rows: Sequence[Row]) -> str:

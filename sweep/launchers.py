@@ -6,10 +6,10 @@ import contextlib
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
+from subprocess import DEVNULL, STDOUT, Popen
 from typing import Protocol
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
@@ -45,7 +45,7 @@ class Local:
         # Children that take all cores each are slower together than one after the other.
         self._environment = {"OMP_NUM_THREADS": str(max(1, cores // slots)), **os.environ}
         self._device = device
-        self._running: dict[Path, subprocess.Popen[bytes]] = {}
+        self._running: dict[Path, Popen[bytes]] = {}
 
     def submit(self, model_dir: Path) -> None:
         command = [sys.executable, str(TRAIN), "--model_dir", str(model_dir), "--quiet", "--device", self._device]
@@ -54,13 +54,8 @@ class Local:
                 f"--- {time.strftime('%Y-%m-%dT%H:%M:%S%z')} {shlex.join(command)}\n".encode(errors="replace")
             )
             console.flush()
-            self._running[model_dir] = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=console,
-                stderr=subprocess.STDOUT,
-                env=self._environment,
-                start_new_session=True,
+            self._running[model_dir] = Popen(
+                command, stdin=DEVNULL, stdout=console, stderr=STDOUT, env=self._environment, start_new_session=True
             )
 
     def poll(self) -> dict[Path, int]:

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -83,7 +80,8 @@ class Child:
 
     def last_line(self) -> str:
         """Returns the last line of console.log, fit for a terminal; that is the command if nothing was printed."""
-        with (self.dir / "console.log").open("rb") as file:
+        lines: list[str] = []
+        with contextlib.suppress(OSError), (self.dir / "console.log").open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
             lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
         return "".join(char if char.isprintable() else "?" for char in "".join(lines[-1:]).strip()[:200])
@@ -125,26 +123,20 @@ def table(children: Sequence[Child]) -> str:
     ]
     headers = ["child", *children[0].point, "what happens"]
     text = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
-    first = Counter(outlook.partition(":")[0].split()[0] for outlook in outlooks)
-    started = f"{first['run'] + first['resume']} to run"
-    return f"{text}\n\n{len(rows)} children: {started}, {first['skip']} completed, {first['leave']} running elsewhere"
+    skip, leave = (sum(outlook.startswith(word) for outlook in outlooks) for word in ("skip", "leave"))
+    counts = f"{len(rows) - skip - leave} to run, {skip} completed, {leave} running elsewhere"
+    return f"{text}\n\n{len(rows)} children: {counts}"
 
 
 def check(children: Sequence[Child]) -> None:
-    """Has train.py check the params of children in temporary directories, before theirs are made.
-
-    Raises:
-        RunError: With a line for each problem.
-    """
+    """Has train.py check children in temporary directories, before theirs are made; raises with all its lines."""
     lines = []
     with tempfile.TemporaryDirectory(prefix="kdlab-") as temporary:
-        for start in range(0, len(children), CHECKED_AT_ONCE):
-            command = [sys.executable, str(launchers.TRAIN), "--check", "--model_dir"]
-            for child in children[start : start + CHECKED_AT_ONCE]:
-                copied = Path(temporary, child.dir.name)
-                copied.mkdir()
-                (copied / "params.json").write_text(json.dumps(child.params), encoding="utf-8")
-                command.append(str(copied))
+        copies = [replace(child, dir=Path(temporary, child.dir.name)) for child in children]
+        write(copies)
+        for start in range(0, len(copies), CHECKED_AT_ONCE):
+            names = [str(copied.dir) for copied in copies[start : start + CHECKED_AT_ONCE]]
+            command = [sys.executable, str(launchers.TRAIN), "--check", "--model_dir", *names]
             done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
             if done.returncode:
                 lines += done.stderr.splitlines() or [f"train.py --check: {describe(done.returncode)}"]
@@ -176,44 +168,37 @@ class Stop(utils.StopSignals):
 class Tally:
     """What has become of the children so far; each line goes to console and log as soon as it is known."""
 
-    def __init__(self, children: Sequence[Child]) -> None:
-        self.counts = Counter(done=0, skipped=0, failed=0)
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.lines: dict[str, list[str]] = {"done": [], "skipped": [], "failed": []}
         self.best = (-1.0, "none yet")
-        self._children = children
-        self._problems: list[str] = []
 
     def add(self, child: Child, outcome: str, line: str) -> None:
-        self.counts[outcome] += 1
+        self.lines.setdefault(outcome, []).append(line)
         if outcome in ("done", "skipped"):
             self.best = max(self.best, child.result(), key=lambda result: result[0])
-        else:
-            self._problems.append(line)
         if outcome != "skipped":
             say = log.error if outcome == "failed" else log.info
-            say("[%d/%d] %s", self.counts.total(), len(self._children), line)
+            say("[%d/%d] %s", self.number(*self.lines), self.total, line)
 
-    def summarise(self) -> int:
-        """Logs how the search has ended and returns how many children are completed."""
-        for line in self._problems:
+    def number(self, *outcomes: str) -> int:
+        return sum(len(self.lines[outcome]) for outcome in outcomes)
+
+    def summarise(self) -> None:
+        for line in self.lines["failed"]:
             log.error(line)
-        self.counts["not started"] = len(self._children) - self.counts.total()
-        log.info(", ".join(f"{count} {outcome}" for outcome, count in self.counts.items()))
-        if completed := self.counts["done"] + self.counts["skipped"]:
-            log.info("best %s", self.best[1])
-            log.info("python synthesize_results.py --parent_dir %s", shlex.quote(str(self._children[0].dir.parent)))
-        return completed
+        counts = [f"{len(lines)} {outcome}" for outcome, lines in self.lines.items()]
+        log.info(", ".join([*counts, f"{self.total - self.number(*self.lines)} not started"]))
+        log.info("best: %s", self.best[1])
 
 
 def run(children: Sequence[Child], launcher: launchers.Launcher) -> int:
-    """Runs the children that need it, `launcher.slots` at a time, whatever becomes of each, and sums up.
+    """Runs the children that need it, `launcher.slots` at a time, whatever becomes of each.
 
     Returns:
-        0 if all children are completed, else 1.
-
-    Raises:
-        RunError: A signal stopped the search.
+        0 if all children are completed, else 1; a signal to stop becomes a RunError once they have ended.
     """
-    tally = Tally(children)
+    tally, stop, answered = Tally(len(children)), Stop(), 0
     waiting: list[Child] = []
     running: dict[Path, Child] = {}
     for child in children:
@@ -225,36 +210,32 @@ def run(children: Sequence[Child], launcher: launchers.Launcher) -> int:
         else:
             waiting.append(child)
     log.info("Searching hyperparameters: %d of %d children to run", len(waiting), len(children))
-    stop, answered = Stop(), 0
-    with stop, tqdm(total=len(children), initial=tally.counts.total(), disable=None, unit="run") as bar:
-        try:
-            while running or (waiting and not stop.count):
-                while waiting and len(running) < launcher.slots and not stop.count:
-                    child = waiting.pop(0)
-                    child.run_before = child.read_run()
-                    try:
-                        launcher.submit(child.dir)
-                        running[child.dir] = child
-                    except OSError as error:
-                        tally.add(child, "failed", f"{child.dir.name} failed: it could not be started: {error}")
-                if answered < stop.count:
-                    answered = stop.count
-                    what = "killed" if answered > 1 else "saving and ending (a second signal kills)"
-                    log.warning("no new trials; %s: %s", what, ", ".join(path.name for path in running))
-                    for path in running:
-                        launcher.cancel(path, force=answered > 1)
-                for path in [path for path, child in running.items() if child.has_flooded()]:
-                    launcher.cancel(path, force=True)
-                for path, status in launcher.poll().items():
-                    child = running.pop(path)
-                    tally.add(child, *judge(child, status, stop.count > 0))
-                bar.n = tally.counts.total()
-                bar.set_postfix_str(f"{len(running)} running, {tally.counts['failed']} failed, best {tally.best[1]}")
-                time.sleep(POLL_SECONDS)
-        finally:
-            for path in running:  # after an error in this loop itself: nothing goes on unattended
-                launcher.cancel(path)
-    completed = tally.summarise()
+    with stop, tqdm(total=len(children), initial=len(children) - len(waiting), disable=None, unit="run") as bar:
+        while running or (waiting and not stop.count):
+            while waiting and len(running) < launcher.slots and not stop.count:
+                child = waiting.pop(0)
+                child.run_before = child.read_run()
+                try:
+                    launcher.submit(child.dir)
+                    running[child.dir] = child
+                except OSError as error:
+                    tally.add(child, "failed", f"{child.dir.name} failed: it could not be started: {error}")
+            if answered < stop.count:
+                answered = stop.count
+                what = "killed" if answered > 1 else "saving and ending (a second signal kills)"
+                log.warning("no new trials; %s: %s", what, ", ".join(path.name for path in running))
+                for path in running:
+                    launcher.cancel(path, force=answered > 1)
+            for path in [path for path, child in running.items() if child.has_flooded()]:
+                launcher.cancel(path, force=True)
+            for path, status in launcher.poll().items():
+                child = running.pop(path)
+                tally.add(child, *judge(child, status, stop.count > 0))
+            bar.n = tally.number(*tally.lines)
+            bar.set_postfix_str(f"{len(running)} running, {tally.number('failed')} failed, best {tally.best[1]}")
+            time.sleep(POLL_SECONDS)
+    tally.summarise()
+    completed = tally.number("done", "skipped")
     if stop.count and completed < len(children):
         raise stop.error(f"after {completed} of {len(children)} children")
     return utils.OK if completed == len(children) else utils.FAILED

@@ -45,7 +45,8 @@ def command(parent: Path, *arguments: str) -> list[str]:
 
 
 def search(parent: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(parent, *arguments), capture_output=True, text=True, timeout=60, cwd=parent)
+    line = command(parent, *arguments)
+    return subprocess.run(line, input="typed", capture_output=True, text=True, timeout=60, cwd=parent)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -86,7 +87,9 @@ def test_a_search_trains_every_child_and_says_what_is_next(tmp_path: Path) -> No
         "alpha_0.9_Temp_2.0",
         "alpha_0.9_Temp_4",
     ]
-    assert json.loads((parent / "alpha_0.5_Temp_4/record.json").read_text())["argv"][-1] == "cpu"
+    records = [json.loads(path.read_text()) for path in parent.glob("*/record.json")]
+    assert {record["argv"][-1] for record in records} == {"cpu"}
+    assert {record["stdin"] for record in records} == {""}
     assert json.loads((parent / "alpha_0.5_Temp_4/params.json").read_text())["seed"] == 1
     lines = done.stdout.splitlines()
     assert lines[0] == "Searching hyperparameters: 4 of 4 children to run"
@@ -125,6 +128,13 @@ def test_a_child_with_other_params_is_refused_before_anything_is_written(tmp_pat
     assert done.returncode == 2
     assert "loss.alpha: 0.9 -> 0.6" in done.stderr
     assert not (parent / "alpha_0.5").exists()
+
+
+def test_a_completed_child_is_not_checked_again(tmp_path: Path) -> None:
+    parent = make(tmp_path, {"alpha": [1.5]})
+    child = make(parent / "alpha_1.5", None, PARAMS | {"loss": {"alpha": 1.5, "temperature": 4.0}})
+    (child / "run.json").write_text('{"status": "completed", "epoch": 3}')
+    assert search(parent).returncode == 0
 
 
 @pytest.mark.parametrize("arguments", [["--jobs", "0"], ["--jobs", "x"], ["--nonsense"]])
@@ -179,3 +189,20 @@ def test_at_the_second_signal_the_children_are_killed(
     process.communicate(timeout=20)
     assert process.returncode == 143
     assert not Path("/proc", pid.read_text()).exists()
+
+
+def test_a_search_with_the_real_train_py_trains_and_then_has_nothing_to_do(tmp_path: Path) -> None:
+    params = {
+        "num_epochs": 1,
+        "dataset": {"name": "synthetic"},
+        "student": {"name": "tiny"},
+        "loss": {"name": "ce"},
+        "optimizer": {"name": "adam", "learning_rate": 0.01},
+    }
+    parent = make(tmp_path, {"learning_rate": [0.01]}, params)
+    line = [sys.executable, "search_hyperparams.py", "--parent_dir", str(parent), "--device", "cpu"]
+    for summary in ("1 done, 0 skipped", "0 done, 1 skipped"):
+        done = subprocess.run(line, capture_output=True, text=True, timeout=120, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        assert summary in done.stdout
+    assert (parent / "learning_rate_0.01" / "best.pth.tar").is_file()

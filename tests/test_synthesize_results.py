@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -178,10 +179,12 @@ def test_pandas_is_not_imported_before_there_is_a_table() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def test_a_thousand_experiments_are_a_thousand_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for index in range(1000):
-        folder = tmp_path / f"group_{index % 10}" / f"seed_{index}"
-        folder.mkdir(parents=True)
-        (folder / "params.json").write_text(f'{{"seed": {index}}}')
-    assert synthesize(monkeypatch, "--parent_dir", tmp_path, "--quiet") == 0
-    assert len((tmp_path / "results.csv").read_text().splitlines()) == 1001
+def test_a_thousand_experiments_are_a_thousand_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = Path("/dev/shm")  # on a disk that is mounted with discard, removing them takes seconds
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as parent:
+        for index in range(1000):
+            folder = Path(parent, f"group_{index % 10}", f"seed_{index}")
+            folder.mkdir(parents=True)
+            (folder / "params.json").write_text(f'{{"seed": {index}}}')
+        assert synthesize(monkeypatch, "--parent_dir", parent, "--quiet") == 0
+        assert len(Path(parent, "results.csv").read_text().splitlines()) == 1001

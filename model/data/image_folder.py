@@ -30,7 +30,7 @@ class Listing:
         classes: Sorted names.
         paths: One per image.
         labels: One per image.
-        manifest: SHA-256 over relative path, size and time of change of every file.
+        manifest: SHA-256 over split, path below the split's folder, size and time of change of every file.
     """
 
     classes: tuple[str, ...]
@@ -93,10 +93,10 @@ def _list_splits(root: Path) -> dict[str, Listing]:
         raise InputError(f"dataset.data_dir: there is no folder {root}; it must hold train/<class>/<images>", "data")
     found = [name for name in ("train", "val", "test") if (root / name).is_dir()]
     if not found:
-        return {"train": _list_split(root, root)}
+        return {"train": _list_split(root, "train")}
     if "train" not in found:
         raise InputError(f"{root} has {' and '.join(f'{n}/' for n in found)} but no train/; add train/<class>/", "data")
-    listings = {name: _list_split(root / name, root) for name in found}
+    listings = {name: _list_split(root / name, name) for name in found}
     expected = set(listings["train"].classes)
     for name, listing in listings.items():
         if missing := sorted(expected - set(listing.classes)):
@@ -106,7 +106,7 @@ def _list_splits(root: Path) -> dict[str, Listing]:
     return listings
 
 
-def _list_split(folder: Path, root: Path) -> Listing:
+def _list_split(folder: Path, split: str) -> Listing:
     classes: list[str] = []
     paths: list[str] = []
     labels: list[int] = []
@@ -119,8 +119,10 @@ def _list_split(folder: Path, root: Path) -> Listing:
             raise InputError(f"class folder {entry.path} has no images; add some or remove the folder", "data")
         for file in files:
             stat = file.stat()
-            relative = file.path[len(str(root)) + 1 :]
-            manifest.update(f"{relative}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+            relative = file.path[len(str(folder)) + 1 :]
+            manifest.update(
+                f"{split}/{relative}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape")
+            )
             paths.append(file.path)
         labels += [len(classes)] * len(files)
         classes.append(entry.name)

@@ -160,8 +160,8 @@ def _constants(
     channels = images.train.images.shape[1]
     if len(values) != channels:
         raise InputError(
-            f"dataset.{key}: {len(values)} value{'s' * (len(values) != 1)} given but the images have {channels} channels; "
-            "give one for each",
+            f"dataset.{key}: {len(values)} value{'s' * (len(values) != 1)} given but the images have {channels} "
+            "channels; give one for each",
             "data",
         )
     return values

@@ -68,8 +68,8 @@ def _archives(source: Any, root: Path) -> tuple[Path, str, list[tuple[str, str]]
 
 def _read(source: Any, root: Path, download: bool) -> tuple[Any, Any]:
     with warnings.catch_warnings():
-        # CIFAR was pickled by a numpy of 2009 (numpy 2.4 says so), and torchvision unpacks without a filter what it
-        # has checked by md5 (Python 3.12 says so): nothing that a user could mend.
+        # numpy 2.4.0 to 2.4.4 warn of pickles as old as CIFAR's, and Python 3.12 of archives unpacked without a
+        # filter (torchvision has checked their md5): nothing that a user could mend.
         warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
         return source(root, train=True, download=download), source(root, train=False, download=download)

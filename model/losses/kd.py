@@ -72,7 +72,8 @@ class KDLoss(Loss):
         terms = {}
         if self.alpha < 1:
             terms["ce"] = (1 - self.alpha) * F.cross_entropy(student.logits, batch.labels)
-        if teacher is not None and self.needs_teacher:
+        if self.needs_teacher:
+            assert teacher is not None, "without it a part of the loss would be missing in silence"
             terms["kd"] = self.alpha * kd_loss(student.logits, teacher.logits, self.temperature, self.reduction)
         return terms
 

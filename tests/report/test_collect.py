@@ -301,7 +301,7 @@ def test_no_content_whatsoever_raises(tmp_path: Path) -> None:
             return {seed.choice(keys): value(depth - 1) for _ in range(3)}
         return [value(depth - 1) for _ in range(2)] if kind == 2 else seed.choice(leaves)
 
-    for index in range(150):
+    for _ in range(50):
         for name in FILES:
-            write(tmp_path / str(index), name, {key: value(3) for key in seed.sample(keys, 6)})
-    assert len(collect(tmp_path)[0]) == 150
+            write(tmp_path, name, {key: value(3) for key in seed.sample(keys, 6)})
+        only_row(tmp_path)

@@ -102,6 +102,12 @@ def test_an_option_called_status_keeps_its_dotted_key() -> None:
     assert read_csv(rows)[1][2] == "text"
 
 
+def test_an_option_called_like_a_metric_is_no_metric() -> None:
+    rows = [row("a", 0.5, **{"val accuracy (best)": "text"}), row("b", 0.6, **{"val accuracy (best)": 1})]
+    assert [line[2] for line in cells(rows)[1:]] == ["0.5000", "**0.6000**"]
+    assert cells(rows)[1][1] == "text"
+
+
 def test_a_row_whose_params_cannot_be_read_makes_nothing_differ() -> None:
     assert differing_options([row("a", seed=1), row("b", None, "unreadable: x")]) == {}
 

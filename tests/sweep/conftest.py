@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sweep import launchers
+from sweep import launchers, study
 from utils import log
 
 PARAMS = {
@@ -20,6 +20,7 @@ PARAMS = {
 
 @pytest.fixture(autouse=True)
 def stub_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(launchers, "TRAIN", Path(__file__).with_name("stub_train.py"))
 
 

@@ -46,6 +46,8 @@ def test_the_default_grid_needs_options_that_it_can_vary(tmp_path: Path) -> None
 def test_the_first_key_is_the_outermost_loop_and_bare_keys_find_their_section(tmp_path: Path) -> None:
     space = read(tmp_path, {"temperature": [2, 4], "optimizer.learning_rate": [0.1], "num_epochs": [1, 2]})
     assert list(space) == ["loss.temperature", "optimizer.learning_rate", "num_epochs"]
+    assert PARAMS["num_epochs"] == 3  # reading a space leaves the reference as it is
+    assert PARAMS["loss"] == {"name": "kd", "alpha": 0.9, "temperature": 4.0}
     assert [tuple(point.values()) for point in grid(space)] == [(2, 0.1, 1), (2, 0.1, 2), (4, 0.1, 1), (4, 0.1, 2)]
 
 

@@ -18,7 +18,8 @@ def fill(folder: Path, counts: dict[str, int], seed: int = 0) -> Path:
     for name, count in counts.items():
         (folder / name).mkdir(parents=True)
         for i in range(count):
-            Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / name / f"{i:03}.png")
+            pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i:03}.png", compress_level=0)
     return folder
 
 
@@ -113,13 +114,28 @@ def test_the_cache_may_lie_elsewhere_and_the_images_folder_stays_as_it_was(root,
     assert (root / ".kdlab-cache").is_dir()
 
 
+def test_the_cache_is_found_however_the_folder_is_spelled(root, no_decoding, monkeypatch, tmp_path):
+    read(root)
+    no_decoding()
+    monkeypatch.chdir(root)
+    read(Path())
+    monkeypatch.chdir(root.parent)
+    read(Path("photos"))
+    monkeypatch.setenv("HOME", str(root.parent))
+    read(Path("~/photos"))
+    root.rename(tmp_path / "moved")
+    read(tmp_path / "moved")
+
+
 def touch(path: Path) -> None:
     stat = path.stat()
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
 
 
 def repaint(path: Path) -> None:
-    Image.new("RGB", (8, 8), "red").save(path)
+    size = path.stat().st_size
+    Image.new("RGB", (8, 8), "red").save(path, compress_level=0)
+    assert path.stat().st_size == size  # only the time tells
 
 
 @pytest.mark.parametrize(

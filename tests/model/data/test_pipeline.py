@@ -189,6 +189,16 @@ def test_the_data_describe_themselves_in_one_line():
     )
 
 
+def test_the_facts_for_a_checkpoint_are_plain_lists_and_numbers():
+    assert data_of().facts() == {
+        "num_classes": 3,
+        "classes": ["a", "b", "c"],
+        "shape": [3, 8, 8],
+        "mean": [0.4, 0.5, 0.6],
+        "std": [0.2, 0.25, 0.3],
+    }
+
+
 def test_without_a_test_split_there_is_no_test_loader():
     assert data_of(images_of(test=None)).test is None
 

@@ -1,0 +1,56 @@
+# make help lists the targets. Everything runs in .venv, which is made on the first call and again only when a
+# requirements file has changed.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+# The demo is small: one thread each is as fast as all of them, and the same bits everywhere.
+demo: export OMP_NUM_THREADS := 1
+test test-all: export OMP_NUM_THREADS := 1
+
+.PHONY: help setup demo test test-all lint format bench readme clean
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(READY) ## create .venv and install what is needed (about 2 minutes)
+
+$(READY): requirements.txt requirements-dev.txt constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+	touch $@
+
+demo: $(READY) ## train a teacher, distil a student, search alpha and T, print the table (digits, no download)
+	$(PY) train.py --model_dir experiments/demo/teacher
+	$(PY) train.py --model_dir experiments/demo/student
+	$(PY) train.py --model_dir experiments/demo/student_kd
+	$(PY) search_hyperparams.py --parent_dir experiments/demo/alpha_temp --jobs 2
+	for run in teacher student student_kd; do $(PY) evaluate.py --model_dir experiments/demo/$$run || exit; done
+	$(PY) synthesize_results.py --parent_dir experiments/demo
+
+test: $(READY) lint ## lint, then the tests that take seconds
+	$(PY) -m pytest
+
+test-all: $(READY) lint ## the same with the slow tests
+	$(PY) -m pytest -m "slow or not slow"
+
+lint: $(READY) ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(READY) ## let ruff format and mend
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(READY) ## KD against the student alone on CIFAR-10, 3 seeds each (about an hour): make bench DATA_DIR=...
+	$(PY) benchmarks/kd_cifar10.py --data_dir $(or $(DATA_DIR),data)
+
+readme: $(READY) ## write the params.json reference in README.md anew
+	$(PY) tests/test_readme.py --write
+
+clean: ## remove .venv and caches, not results
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
