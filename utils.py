@@ -86,18 +86,6 @@ def read_json(path: Path) -> dict[str, Any]:
             holds NaN or an infinity.
     """
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise ValueError(f"the key {twice!r} stands there twice; keep one")
-        return dict(pairs)
-
-    def number(text: str) -> float:
-        if not math.isfinite(value := float(text)):
-            raise ValueError(f"{text} is not a finite number")
-        return value
-
     try:
         if not path.is_file():
             what = "is not a file" if path.exists() else "does not exist"
@@ -105,7 +93,7 @@ def read_json(path: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ValueError(f"is larger than {MAX_JSON_BYTES} bytes; that is not a file of parameters")
         text = path.read_text(encoding="utf-8")
-        value = json.loads(text, object_pairs_hook=once, parse_constant=number, parse_float=number)
+        value = json.loads(text, object_pairs_hook=_once, parse_constant=_number, parse_float=_number)
         if not isinstance(value, dict):
             raise ValueError(f"expected an object {{...}}, got {type(value).__name__}")
         text.encode()  # json turns "\ud800" into a lone surrogate, which no file can hold
@@ -119,6 +107,20 @@ def read_json(path: Path) -> dict[str, Any]:
         raise RunError(f"{path}: nested too deeply", "params") from None
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: {error}", "params") from None
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands there twice; keep one")
+    return dict(pairs)
+
+
+def _number(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is not a finite number")
     return value
 
 
@@ -253,9 +255,11 @@ def apply_overrides(raw: dict[str, Any], overrides: Iterable[str]) -> list[str]:
         if not equals or not key:
             raise RunError(f"--overrides: {override!r} is not key=value, such as loss.alpha=0.5")
         try:
-            value = json.loads(text, parse_constant=str)
-        except ValueError:
+            value = json.loads(text, object_pairs_hook=_once, parse_constant=_number, parse_float=_number)
+        except json.JSONDecodeError:
             value = text
+        except (ValueError, RecursionError) as error:
+            raise RunError(f"--overrides: {key}: {error}", "params") from None
         key = full_key(raw, key)
         set_option(raw, key, value)
         keys.append(key)
@@ -329,7 +333,10 @@ def set_logger(path: Path | None = None, quiet: bool = False) -> None:
     console = ConsoleHandler(logging.WARNING if quiet else logging.INFO)
     handlers: list[logging.Handler] = [console]
     if path is not None:
-        file = logging.FileHandler(path, encoding="utf-8")
+        try:
+            file = logging.FileHandler(path, encoding="utf-8")
+        except OSError as error:
+            raise storage_error(error, path) from error
         file.setFormatter(logging.Formatter("%(asctime)s:%(levelname)s: %(message)s"))
         handlers.append(file)
     for logger in (log, logging.getLogger("py.warnings")):
@@ -381,7 +388,9 @@ class StopSignals:
         self.received: signal.Signals | None = None
 
     def __enter__(self) -> StopSignals:
-        self._previous = {s: signal.signal(s, self._remember) for s in self.SIGNALS}
+        # Who ignores a signal, as nohup does SIGHUP for its command, shall go on ignoring it.
+        heeded = [s for s in self.SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
+        self._previous = {s: signal.signal(s, self._remember) for s in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:

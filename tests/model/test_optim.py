@@ -56,7 +56,7 @@ def rates_per_step(schedule: Schedule) -> np.ndarray:
         ("constant", {}, lambda o: lr_scheduler.ConstantLR(o, factor=1.0)),
         ("step", {"step_size": 7, "gamma": 0.3}, lambda o: lr_scheduler.StepLR(o, 7, 0.3)),
         ("step", {"step_size": 1}, lambda o: lr_scheduler.StepLR(o, 1, 0.1)),
-        ("multistep", {"milestones": [5, 12, 20], "gamma": 0.2}, lambda o: lr_scheduler.MultiStepLR(o, [5, 12, 20], 0.2)),
+        ("multistep", {"milestones": [5, 12], "gamma": 0.2}, lambda o: lr_scheduler.MultiStepLR(o, [5, 12], 0.2)),
         ("multistep", {"milestones": [20, 5, 5]}, lambda o: lr_scheduler.MultiStepLR(o, [20, 5, 5], 0.1)),
         ("cosine", {}, lambda o: lr_scheduler.CosineAnnealingLR(o, EPOCHS)),
         ("cosine", {"final_factor": 0.05}, lambda o: lr_scheduler.CosineAnnealingLR(o, EPOCHS, eta_min=0.05 * BASE)),

@@ -1,0 +1,372 @@
+"""train.py, end to end, on data that is learnt in a second."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Script, snapshot
+
+import evaluate
+import experiment
+import train
+from experiment import load_checkpoint, read_journal, read_status
+
+Make = Callable[..., Path]
+KD = {"name": "kd", "alpha": 0.9, "temperature": 4.0}
+
+
+def states_equal(a: Path, b: Path) -> bool:
+    """Tells whether two checkpoints hold the same bits of student, loss and optimizer."""
+    first, second = load_checkpoint(a)[0], load_checkpoint(b)[0]
+    return all(repr_bits(first[key]) == repr_bits(second[key]) for key in ("state_dict", "loss_dict", "optim_dict"))
+
+
+def repr_bits(value: object) -> object:
+    if isinstance(value, torch.Tensor):
+        return (value.dtype, value.shape, value.contiguous().numpy().tobytes())
+    if isinstance(value, dict):
+        return {key: repr_bits(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [repr_bits(item) for item in value]
+    return value
+
+
+def test_a_run_leaves_checkpoints_metrics_and_logs_beside_its_params(script: Script, make_experiment: Make) -> None:
+    folder = make_experiment(num_epochs=3)
+    before = (folder / "params.json").read_bytes()
+    ended = script(train, "--model_dir", folder)
+    assert ended.status == 0, ended
+    assert (folder / "params.json").read_bytes() == before
+    names = {path.name for path in folder.iterdir()}
+    assert {"best.pth.tar", "last.pth.tar", "prev.pth.tar", "metrics.jsonl", "run.json", "train.log"} <= names
+    assert {"metrics_val_best_weights.json", "metrics_val_last_weights.json"} <= names
+    assert any(name.startswith("events.out.tfevents.") for name in names)
+    assert not [name for name in names if name.endswith(".tmp")]
+    journal = read_journal(folder)
+    assert [record["epoch"] for record in journal] == [1, 2, 3]
+    best = max(journal, key=lambda r: r["val"]["accuracy"])  # the first of equals
+    assert json.loads((folder / "metrics_val_best_weights.json").read_text()) == best["val"] | {"epoch": best["epoch"]}
+    assert load_checkpoint(folder / "best.pth.tar")[0]["epoch"] == best["epoch"]
+    last = json.loads((folder / "metrics_val_last_weights.json").read_text())
+    assert last == journal[-1]["val"] | {"epoch": 3}
+    run = json.loads((folder / "run.json").read_text())
+    assert run["status"] == "completed"
+    assert run["params"]["dataset"]["val_fraction"] == 0.1  # what was resolved, defaults too
+    assert len(run["data"]) == 64
+    [attempt] = run["attempts"]
+    assert attempt["packages"]["torch"] == torch.__version__.partition("+")[0] or attempt["packages"]["torch"]
+    assert {"argv", "git", "host", "processor", "device", "precision", "threads", "seconds"} <= attempt.keys()
+    log = (folder / "train.log").read_text()
+    assert "loss: CE x 1, mean over the batch" in log
+    assert log.count("INFO: Epoch ") == 3
+
+
+def test_the_net_learns(script: Script, make_experiment: Make) -> None:
+    folder = make_experiment(num_epochs=8, dataset={"train_size": 400}, student={"width": 8, "dropout_rate": 0.0})
+    script(train, "--model_dir", folder)
+    journal = read_journal(folder)
+    assert journal[-1]["val"]["accuracy"] > 0.9
+    assert journal[-1]["train"]["loss"] < 0.5 * journal[0]["train"]["loss"]
+
+
+def test_a_student_is_distilled_from_another_directory(script: Script, make_experiment: Make) -> None:
+    teacher = make_experiment("teacher")
+    student = make_experiment("student", teacher=str(teacher), loss=KD)
+    script(train, "--model_dir", teacher)
+    frozen = snapshot(teacher)
+    ended = script(train, "--model_dir", student)
+    assert ended.status == 0, ended
+    assert snapshot(teacher) == frozen
+    assert "loss: CE x 0.1 + KL x 0.9 x 16" in ended.out
+    assert f"teacher {teacher}: tiny, val accuracy" in ended.out
+    here, own = ended.out.split("val accuracy ")[1].split(" in its own run")[0].split(" here, ")
+    assert here == own  # the same net on the same validation images
+    for record in read_journal(student):
+        for split in ("train", "val"):
+            assert record[split]["loss"] == pytest.approx(record[split]["ce"] + record[split]["kd"])
+    sha = load_checkpoint(teacher / "best.pth.tar")[1]
+    assert json.loads((student / "run.json").read_text())["teacher"] == sha
+    assert not any("teacher" in key for key in load_checkpoint(student / "last.pth.tar")[0]["state_dict"])
+
+
+def test_a_teacher_that_the_loss_does_not_use_is_not_needed(script: Script, make_experiment: Make) -> None:
+    loss = {"name": "kd", "alpha": 0.0, "temperature": 4.0}
+    folder = make_experiment(teacher="never/trained", loss=loss)
+    plain = make_experiment("plain")
+    assert script(train, "--model_dir", folder).status == 0
+    assert script(train, "--model_dir", plain).status == 0
+    assert repr_bits(load_checkpoint(folder / "last.pth.tar")[0]["state_dict"]) == repr_bits(
+        load_checkpoint(plain / "last.pth.tar")[0]["state_dict"]
+    )
+
+
+def test_the_same_seed_gives_the_same_files_and_another_seed_does_not(script: Script, make_experiment: Make) -> None:
+    a, b, c = make_experiment("a"), make_experiment("b"), make_experiment("c", seed=2)
+    for folder in (a, b, c):
+        assert script(train, "--model_dir", folder).status == 0
+    assert states_equal(a / "last.pth.tar", b / "last.pth.tar")
+    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+    assert not states_equal(a / "last.pth.tar", c / "last.pth.tar")
+
+
+def test_a_finished_run_run_again_does_nothing_and_says_so(script: Script, make_experiment: Make) -> None:
+    folder = make_experiment()
+    script(train, "--model_dir", folder)
+    before = snapshot(folder)
+    ended = script(train, "--model_dir", folder)
+    assert ended.status == 0
+    assert "is finished: 2 epochs. Nothing to do" in ended.out
+    assert snapshot(folder) == before
+
+
+def test_more_epochs_continue_a_finished_run_exactly(script: Script, make_experiment: Make) -> None:
+    constant = {"name": "constant"}
+    once = make_experiment("once", num_epochs=4, schedule=constant)
+    twice = make_experiment("twice", num_epochs=2, schedule=constant)
+    script(train, "--model_dir", once)
+    script(train, "--model_dir", twice)
+    assert script(train, "--model_dir", twice, "--overrides", "num_epochs=4").status == 0
+    assert states_equal(once / "last.pth.tar", twice / "last.pth.tar")
+    assert (once / "metrics.jsonl").read_bytes() == (twice / "metrics.jsonl").read_bytes()
+
+
+def test_restart_begins_anew_and_keeps_the_log(script: Script, make_experiment: Make) -> None:
+    folder = make_experiment()
+    script(train, "--model_dir", folder)
+    ended = script(train, "--model_dir", folder, "--restart", "--overrides", "num_epochs=1")
+    assert ended.status == 0
+    assert [record["epoch"] for record in read_journal(folder)] == [1]
+    assert not (folder / "prev.pth.tar").exists()
+    assert (folder / "train.log").read_text().count("Epoch 1/") == 2
+
+
+def test_other_params_in_a_used_directory_are_refused_with_a_diff(script: Script, make_experiment: Make) -> None:
+    folder = make_experiment()
+    script(train, "--model_dir", folder)
+    before = snapshot(folder)
+    ended = script(train, "--model_dir", folder, "--overrides", "learning_rate=0.02", "num_epochs=5")
+    assert ended.status == 2
+    assert "optimizer.learning_rate: 0.01 -> 0.02" in ended.err
+    assert "num_epochs" not in ended.err  # more epochs are no other experiment
+    assert "--restart" in ended.err
+    assert ended.err.count("\n") == 1
+    assert snapshot(folder) == before
+
+
+def test_overrides_and_seed_reach_the_run_but_not_the_file(script: Script, make_experiment: Make) -> None:
+    folder = make_experiment()
+    before = (folder / "params.json").read_bytes()
+    script(train, "--model_dir", folder, "--seed", 7, "--overrides", "optimizer.learning_rate=1e-3", "width=2")
+    run = json.loads((folder / "run.json").read_text())
+    assert (run["params"]["seed"], run["params"]["optimizer"]["learning_rate"]) == (7, 0.001)
+    assert run["params"]["student"]["width"] == 2
+    assert run["attempts"][0]["overrides"] == ["optimizer.learning_rate=1e-3", "width=2", "seed=7"]
+    assert (folder / "params.json").read_bytes() == before
+
+
+def test_check_touches_nothing_and_reports_every_directory(script: Script, make_experiment: Make) -> None:
+    good, bad = make_experiment("good"), make_experiment("bad", num_epochs=0)
+    before = snapshot(good.parent)
+    assert script(train, "--check", "--model_dir", good).status == 0
+    ended = script(train, "--check", "--model_dir", good, bad)
+    assert ended.status == 2
+    assert "1 of 2 params.json pass" in ended.out
+    assert ended.err == f"{bad}/params.json: num_epochs: 0 is below 1\n"
+    assert snapshot(good.parent) == before
+
+
+def test_a_missing_teacher_is_one_line_with_the_command(script: Script, make_experiment: Make) -> None:
+    teacher = make_experiment("teacher")
+    student = make_experiment("student", teacher=str(teacher), loss=KD)
+    ended = script(train, "--model_dir", student)
+    assert ended.status == 2
+    assert f"train it with: python train.py --model_dir {teacher} (or add --train_teacher)" in ended.err
+    assert ended.err.count("\n") == 1
+
+
+def test_train_teacher_trains_it_first_on_the_students_dataset(script: Script, make_experiment: Make) -> None:
+    teacher = make_experiment("teacher", num_epochs=1)
+    student = make_experiment("student", num_epochs=1, teacher=str(teacher), loss=KD)
+    ended = script(train, "--model_dir", student, "--train_teacher", "--overrides", "dataset.train_size=200")
+    assert ended.status == 0, ended
+    assert read_status(teacher) == "completed"
+    assert json.loads((teacher / "run.json").read_text())["params"]["dataset"]["train_size"] == 200
+
+
+def test_train_teacher_passes_on_the_teachers_own_failure(script: Script, make_experiment: Make) -> None:
+    teacher = make_experiment("teacher", optimizer={"name": "adam", "learning_rate": -1})
+    student = make_experiment("student", teacher=str(teacher), loss=KD)
+    ended = script(train, "--model_dir", student, "--train_teacher")
+    assert ended.status == 2
+    assert "was not trained to its end" in ended.err
+    assert not (student / "run.json").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_in_mid_epoch_saves_and_the_same_command_ends_with_the_same_bits(
+    script: Script, make_experiment: Make, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, precision: str
+) -> None:
+    whole = make_experiment("whole", precision=precision)
+    script(train, "--model_dir", whole)
+    cut = make_experiment("cut", precision=precision)
+    steps = 0
+    step = torch.optim.Adam.step
+
+    def signalling(self: torch.optim.Adam, *args: object) -> object:
+        nonlocal steps
+        steps += 1
+        if steps == 7:  # 5 steps an epoch: the second step of the second epoch
+            signal.raise_signal(number)
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", signalling)
+    ended = script(train, "--model_dir", cut)
+    assert ended.status == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(number, 75)
+    assert f"stopped by {number.name} in epoch 2/2 after step 2" in ended.err
+    assert read_status(cut) == "interrupted"
+    state = load_checkpoint(cut / "last.pth.tar")[0]
+    assert (state["epoch"], state["step"]) == (1, 2)
+    ended = script(train, "--model_dir", cut)
+    assert ended.status == 0
+    assert "going on after epoch 1, step 2" in ended.out
+    assert states_equal(whole / "last.pth.tar", cut / "last.pth.tar")
+    assert (whole / "metrics.jsonl").read_bytes() == (cut / "metrics.jsonl").read_bytes()
+    for which in ("best", "last"):
+        name = f"metrics_val_{which}_weights.json"
+        assert (whole / name).read_bytes() == (cut / name).read_bytes()
+    assert len(json.loads((cut / "run.json").read_text())["attempts"]) == 2
+
+
+def test_a_signal_during_validation_saves_and_resumes_exactly(
+    script: Script, make_experiment: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"eval_batch_size": 4}
+    whole, cut = make_experiment("whole", dataset=options), make_experiment("cut", dataset=options)
+    script(train, "--model_dir", whole)
+    original = train.evaluate
+
+    def signalling(net: torch.nn.Module, loader: object, **options: object) -> dict[str, float]:
+        signal.raise_signal(signal.SIGTERM)
+        return original(net, loader, **options)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "evaluate", signalling)
+        assert script(train, "--model_dir", cut).status == 143
+    assert load_checkpoint(cut / "last.pth.tar")[0]["step"] == 5  # all of the epoch, not yet validated
+    assert script(train, "--model_dir", cut).status == 0
+    assert states_equal(whole / "last.pth.tar", cut / "last.pth.tar")
+    assert (whole / "metrics.jsonl").read_bytes() == (cut / "metrics.jsonl").read_bytes()
+
+
+def test_periodic_saves_in_mid_epoch_do_not_change_the_result(
+    script: Script, make_experiment: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, often = make_experiment("whole"), make_experiment("often", checkpoint_minutes=1e-9)
+    script(train, "--model_dir", whole)
+    saved = []
+    save = experiment.Experiment.save
+    monkeypatch.setattr(
+        experiment.Experiment, "save", lambda self, state: (saved.append(state["step"]), save(self, state))
+    )
+    script(train, "--model_dir", often)
+    assert saved.count(0) == 2
+    assert {1, 2, 3, 4, 5} <= set(saved)
+    assert states_equal(whole / "last.pth.tar", often / "last.pth.tar")
+
+
+def test_divergence_stops_the_run_and_never_becomes_best(
+    script: Script, make_experiment: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_experiment(num_epochs=5)
+    script(train, "--model_dir", folder, "--overrides", "num_epochs=1")
+    kept = {name: (folder / name).read_bytes() for name in ("best.pth.tar", "last.pth.tar", "metrics.jsonl")}
+    step = torch.optim.Adam.step
+
+    def poisoned(self: torch.optim.Adam, *args: object) -> object:
+        result = step(self, *args)
+        with torch.no_grad():
+            self.param_groups[0]["params"][0].fill_(float("nan"))
+        return result
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.optim.Adam, "step", poisoned)
+        ended = script(train, "--model_dir", folder)
+    assert ended.status == 1
+    assert "not finite" in ended.err
+    assert "lower the learning rate" in ended.err
+    assert "Traceback" not in ended.err
+    run = json.loads((folder / "run.json").read_text())
+    assert (run["status"], run["reason"]) == ("failed", "diverged")
+    assert {name: (folder / name).read_bytes() for name in kept} == kept
+    assert "not finite" in (folder / "train.log").read_text()
+
+
+def test_a_fault_in_the_program_is_recorded_with_its_traceback(
+    script: Script, make_experiment: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_experiment()
+    monkeypatch.setattr(train, "train_epoch", lambda *_, **__: 1 / 0)
+    ended = script(train, "--model_dir", folder)
+    assert ended.status == 1
+    assert "ZeroDivisionError" in ended.err
+    assert "ZeroDivisionError" in (folder / "train.log").read_text()
+    assert json.loads((folder / "run.json").read_text())["reason"] == "ZeroDivisionError"
+
+
+def test_tensorboard_shows_rate_terms_accuracies_and_speed_once_per_epoch(
+    script: Script, make_experiment: Make
+) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+
+    folder = make_experiment()
+    script(train, "--model_dir", folder, "--overrides", "num_epochs=1")
+    script(train, "--model_dir", folder)
+    seen: dict[str, list[int]] = {}
+    files = sorted(folder.glob("events.out.tfevents.*"))
+    assert len(files) == 2  # one per attempt, never one file for two writers
+    for file in files:
+        data, at = file.read_bytes(), 0
+        while at < len(data):  # record: length (8 bytes), its crc (4), content, its crc (4)
+            length = int.from_bytes(data[at : at + 8], "little")
+            event = Event.FromString(data[at + 12 : at + 12 + length])
+            at += 16 + length
+            for value in event.summary.value:
+                seen.setdefault(value.tag, []).append(event.step)
+    tags = {"learning_rate", "train/ce", "train/accuracy", "val/accuracy", "val/loss", "images_per_second"}
+    assert tags <= seen.keys()
+    assert all(sorted(steps) == [1, 2] for steps in seen.values())
+
+
+def test_quiet_prints_nothing_and_several_directories_are_refused(script: Script, make_experiment: Make) -> None:
+    folder = make_experiment()
+    ended = script(train, "--model_dir", folder, "--quiet")
+    assert (ended.status, ended.out, ended.err) == (0, "", "")
+    ended = script(train, "--model_dir", folder, folder)
+    assert ended.status == 2
+    assert "--check" in ended.err
+
+
+def test_the_teachers_best_weights_are_used_and_last_on_request(script: Script, make_experiment: Make) -> None:
+    teacher = make_experiment("teacher", num_epochs=3)
+    script(train, "--model_dir", teacher)
+    for which in ("best", "last"):
+        student = make_experiment(
+            f"student_{which}", teacher={"model_dir": str(teacher), "restore_file": which}, loss=KD
+        )
+        assert script(train, "--model_dir", student).status == 0
+        run = json.loads((student / "run.json").read_text())
+        assert run["teacher"] == load_checkpoint(teacher / f"{which}.pth.tar")[1]
+
+
+def test_val_metrics_of_the_run_are_what_evaluate_finds(script: Script, make_experiment: Make) -> None:
+    folder = make_experiment()
+    script(train, "--model_dir", folder)
+    assert script(evaluate, "--model_dir", folder, "--split", "val").status == 0
+    recorded = json.loads((folder / "metrics_val_best_weights.json").read_text())
+    assert {"accuracy", "cross_entropy", "epoch"} <= recorded.keys()
