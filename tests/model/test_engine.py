@@ -16,7 +16,17 @@ from torch.nn import functional as F
 
 from model import data, engine
 from model.data import DATASETS
-from model.engine import Learner, Totals, choose_device, choose_precision, evaluate, outputs_of, place, train_epoch
+from model.engine import (
+    Learner,
+    Totals,
+    choose_device,
+    choose_precision,
+    device_name,
+    evaluate,
+    outputs_of,
+    place,
+    train_epoch,
+)
 from model.errors import DivergedError, InputError
 from model.losses import LOSSES
 from model.losses.base import Loss
@@ -430,7 +440,7 @@ def test_evaluate_with_a_loss_adds_it_and_its_terms() -> None:
     with torch.no_grad():
         images = torch.cat([batch.images for batch in splits().val.epoch(0)])
         p_s, p_t = (softmax(n.eval()(images).double().numpy() / 4) for n in (net, teacher))
-    assert found["kd"] == pytest.approx(0.7 * 16 * (p_t * np.log(p_t / p_s)).sum(axis=1).mean(), rel=1e-5)
+    assert found["kd"] == pytest.approx(0.7 * 16 * (p_t * np.log(p_t / p_s)).sum(axis=1).mean(), rel=1e-4)
 
 
 def test_evaluate_hands_on_what_the_teacher_said() -> None:
@@ -459,13 +469,12 @@ class Explodes(Loss):
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         self.calls += 1
-        return {"good": student.logits.mean(), "bad": student.logits.mean().detach() + self.value * (self.calls == 2)}
+        return {"good": student.logits.mean(), "bad": torch.tensor(self.value if self.calls == 2 else 0.0)}
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_a_loss_that_was_not_finite_once_ends_the_epoch(value: float) -> None:
-    # 0 * inf is NaN: bad from the first call on; either way one batch suffices.
-    with pytest.raises(DivergedError, match="loss, bad became not finite.*--restart") as caught:
+    with pytest.raises(DivergedError, match=r"loss, bad became not finite.*--restart") as caught:
         train_epoch(learner_of(linear_net(), Explodes(value)), flat_loader(4, 4, 4, 4), epoch=0, seed=0)
     assert caught.value.exit_status == 1
     assert "\n" not in str(caught.value)
@@ -476,7 +485,7 @@ def test_the_loss_can_be_seen_to_diverge_in_the_middle_of_an_epoch() -> None:
     learner = learner_of(linear_net(), Explodes(float("nan")))
     with pytest.raises(DivergedError):
         train_epoch(learner, flat_loader(*[4] * 50), epoch=0, seed=0, totals=totals, after_step=totals.means)
-    assert totals.steps <= 2
+    assert totals.steps == 2
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
@@ -635,18 +644,12 @@ def test_every_step_is_done_without_knowing_a_single_value(loss: Any) -> None:
     optimizer = torch.optim.SGD([*student.parameters(), *loss.parameters()], 0.1, momentum=0.9, foreach=False)
     section, _ = SCHEDULES.resolve({"name": "cosine", "per": "iteration"})
     learner = Learner(student, loss, optimizer, create_schedule(section, optimizer, 1, 6))
-    steps: list[None] = []
+    loader, steps = ListLoader(meta_batches(6)), []
     with pytest.raises(NotImplementedError, match="meta"):
-        train_epoch(
-            *(learner, ListLoader(meta_batches(6))),
-            **{"epoch": 0, "seed": 0, "teacher": teacher, "after_step": lambda: steps.append(None)},
-        )
+        train_epoch(learner, loader, epoch=0, seed=0, teacher=teacher, after_step=lambda: steps.append(None))
     assert len(steps) == 6
     with pytest.raises(NotImplementedError, match="meta"):
-        evaluate(
-            *(student, ListLoader(meta_batches(6))),
-            **{"loss": loss, "teacher": teacher, "after_batch": lambda *_: steps.append(None)},
-        )
+        evaluate(student, loader, loss=loss, teacher=teacher, after_batch=lambda *_: steps.append(None))
     assert len(steps) == 12
 
 
@@ -742,5 +745,13 @@ def test_auto_takes_the_fastest_device_there_is(
     assert choose_device("auto").type == expected
 
 
-def test_cpu_can_be_chosen() -> None:
+def test_the_cpu_can_be_chosen_and_has_a_name() -> None:
     assert choose_device("cpu") == CPU
+    assert device_name(CPU) == "cpu"
+
+
+def test_a_placed_net_is_channels_last_like_its_batches() -> None:
+    net: Any = net_of()
+    assert net.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    (batch, *_) = splits().train.epoch(0)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)

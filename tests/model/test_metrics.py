@@ -1,0 +1,144 @@
+"""Oracles: the papers' definitions as plain numpy loops, and nets small enough to count by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model.metrics import (
+    agreement,
+    confusion_matrix,
+    count_macs,
+    count_parameters,
+    expected_calibration_error,
+    weight_bytes,
+)
+
+
+def logits_of(size: int, classes: int = 7, seed: int = 0, scale: float = 2.0) -> Tensor:
+    return scale * torch.randn(size, classes, generator=torch.Generator().manual_seed(seed))
+
+
+def labels_of(size: int, classes: int = 7) -> Tensor:
+    return torch.randint(classes, (size,), generator=torch.Generator().manual_seed(1))
+
+
+def softmax(logits: Tensor) -> np.ndarray:
+    values = logits.double().numpy()
+    exp = np.exp(values - values.max(axis=1, keepdims=True))
+    return exp / exp.sum(axis=1, keepdims=True)
+
+
+# --- calibration ----------------------------------------------------------------------------------------------
+
+
+def paper_ece(logits: Tensor, labels: Tensor, bins: int) -> float:
+    """Returns sum_m |B_m| / n * |acc(B_m) - conf(B_m)| with B_m = ((m - 1) / M, m / M]: Guo et al., equation 5."""
+    probabilities = softmax(logits)
+    confidence, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels.numpy()
+    error = 0.0
+    for m in range(1, bins + 1):
+        inside = (confidence > (m - 1) / bins) & (confidence <= m / bins)
+        if inside.any():
+            gap = abs(correct[inside].mean() - confidence[inside].mean())
+            error += inside.sum() / len(labels) * gap
+    return error
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 3.0, 30.0])
+@pytest.mark.parametrize("bins", [1, 10, 15])
+def test_the_calibration_error_is_the_papers(scale: float, bins: int) -> None:
+    logits, labels = logits_of(500, scale=scale), labels_of(500)
+    labels[::2] = logits[::2].argmax(1)  # right more often than by chance
+    found = expected_calibration_error(logits, labels, bins)
+    assert found == pytest.approx(paper_ece(logits, labels, bins), rel=1e-9, abs=1e-12)
+    assert bins != 15 or found == expected_calibration_error(logits, labels)
+
+
+def test_the_calibration_error_of_known_cases() -> None:
+    certain = torch.tensor([[1000.0, 0.0], [0.0, 1000.0]])
+    assert expected_calibration_error(certain, torch.tensor([0, 1])) == 0
+    assert expected_calibration_error(certain, torch.tensor([1, 0])) == 1
+    # Confidence 0.5 everywhere, right half of the time; ties go to the first class.
+    assert expected_calibration_error(torch.zeros(4, 2), torch.tensor([0, 1, 0, 1])) == 0
+    assert expected_calibration_error(torch.zeros(4, 2), torch.tensor([0, 0, 0, 0])) == pytest.approx(0.5)
+
+
+# --- confusion and agreement ----------------------------------------------------------------------------------
+
+
+def test_rows_of_the_confusion_matrix_are_true_classes() -> None:
+    predicted, labels = torch.tensor([0, 2, 2, 1, 2]), torch.tensor([0, 1, 1, 1, 0])
+    expected = torch.tensor([[1, 0, 1, 0], [0, 1, 2, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    assert torch.equal(confusion_matrix(predicted, labels, 4), expected)
+
+
+def test_the_confusion_matrix_counts_every_sample() -> None:
+    predicted, labels = logits_of(300).argmax(1), labels_of(300)
+    matrix = confusion_matrix(predicted, labels, 7)
+    expected = np.zeros((7, 7), dtype=int)
+    for true, guess in zip(labels.tolist(), predicted.tolist(), strict=True):
+        expected[true, guess] += 1
+    assert matrix.tolist() == expected.tolist()
+
+
+def test_agreement_is_the_share_of_equal_choices_and_the_divergence_from_the_teacher() -> None:
+    student, teacher = logits_of(200), logits_of(200, seed=3)
+    p_s, p_t = softmax(student), softmax(teacher)
+    found = agreement(student, teacher)
+    assert found == pytest.approx(
+        {
+            "teacher_agreement": (p_s.argmax(axis=1) == p_t.argmax(axis=1)).mean(),
+            "teacher_kl": (p_t * np.log(p_t / p_s)).sum(axis=1).mean(),
+        },
+        rel=1e-9,
+    )
+    assert agreement(teacher, teacher) == {"teacher_agreement": 1.0, "teacher_kl": 0.0}
+
+
+# --- sizes ----------------------------------------------------------------------------------------------------
+
+
+class Counted(nn.Module):
+    """For images of 3x8x8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=2, padding=1)  # 4 x 4x4 outputs, 27 products each: 1728
+        self.bn = nn.BatchNorm2d(4)
+        self.grouped = nn.Conv2d(4, 6, 2, groups=2, bias=False)  # 6 x 3x3 outputs, 2 * 4 products each: 432
+        self.linear = nn.Linear(6, 5)  # 30
+        self.register_buffer("steps", torch.zeros(7, dtype=torch.int64))
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert not self.training
+        maps = self.grouped(self.bn(self.conv(images)).relu())
+        return self.linear(maps.mean((2, 3)))
+
+
+def test_multiply_accumulate_operations_of_one_image() -> None:
+    assert count_macs(Counted(), (3, 8, 8)) == 1728 + 432 + 30
+
+
+def test_counting_operations_leaves_the_net_alone() -> None:
+    net = Counted().train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    count_macs(net, [3, 8, 8])
+    assert net.training
+    assert {value.device.type for value in net.state_dict().values()} == {"cpu"}
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_parameters_are_counted_frozen_or_not_and_buffers_are_not() -> None:
+    net = Counted()
+    net.conv.requires_grad_(False)
+    assert count_parameters(net) == (4 * 27 + 4) + 2 * 4 + 6 * 2 * 4 + (5 * 6 + 5)
+
+
+def test_the_weights_size_counts_buffers_and_the_bytes_of_each_type() -> None:
+    net = Counted()
+    buffers = 2 * 4 * 4 + 8 + 7 * 8  # running mean and variance, num_batches_tracked, steps
+    assert weight_bytes(net) == 4 * count_parameters(net) + buffers
+    assert weight_bytes(net.half()) == 2 * count_parameters(net) + 2 * 4 * 2 + 8 + 7 * 8

@@ -1,0 +1,515 @@
+"""The experiment directory under faults: kills, damage, other runs, full disks."""
+
+from __future__ import annotations
+
+import collections
+import errno
+import io
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+
+import experiment
+import train
+import utils
+from conftest import ROOT, Script, snapshot
+from experiment import Experiment, is_locked, load_checkpoint, read_journal, read_status, save_checkpoint
+from test_train import states_equal
+from utils import Params, RunError
+
+Make = Callable[..., Path]
+STATE = {"epoch": 3, "step": 0, "net": {"section": {"name": "tiny"}}, "state_dict": {"weight": torch.arange(300.0)}}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "last.pth.tar"
+    save_checkpoint(path, STATE)
+    return path
+
+
+# --- checkpoint files -------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_read_back_and_plain_torch_reads_it_too(checkpoint: Path) -> None:
+    state, sha = load_checkpoint(checkpoint)
+    assert state["epoch"] == 3
+    assert torch.equal(state["state_dict"]["weight"], torch.arange(300.0))
+    assert sha == save_checkpoint(checkpoint, STATE)
+    assert torch.load(checkpoint, weights_only=True)["epoch"] == 3
+    assert zipfile.ZipFile(checkpoint).testzip() is None
+
+
+def test_every_truncation_is_detected(checkpoint: Path) -> None:
+    whole = checkpoint.read_bytes()
+    for size in [0, 1, 39, 40, 41, 100, len(whole) // 2, len(whole) - 40, len(whole) - 1]:
+        checkpoint.write_bytes(whole[:size])
+        with pytest.raises(RunError, match="cut short|does not match|cannot be parsed"):
+            load_checkpoint(checkpoint)
+
+
+def test_every_flipped_bit_is_detected(checkpoint: Path) -> None:
+    whole = checkpoint.read_bytes()
+    draw = random.Random(0)
+    positions = [*range(0, 60), *range(len(whole) - 60, len(whole)), *(draw.randrange(len(whole)) for _ in range(300))]
+    for position in positions:
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << draw.randrange(8)
+        checkpoint.write_bytes(damaged)
+        with pytest.raises(RunError):
+            load_checkpoint(checkpoint)
+
+
+def test_a_hole_of_zeros_is_detected(checkpoint: Path) -> None:
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[:200] + bytes(400) + whole[600:])
+    with pytest.raises(RunError, match="damaged"):
+        load_checkpoint(checkpoint)
+
+
+class Malicious:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.path}",)
+
+
+def with_trailer(content: bytes) -> bytes:
+    import hashlib
+
+    return content + experiment.MAGIC + hashlib.sha256(content).digest()
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path) -> None:
+    path, proof = tmp_path / "best.pth.tar", tmp_path / "executed"
+    buffer = io.BytesIO()
+    torch.save({**STATE, "extra": Malicious(proof)}, buffer)
+    for content in (buffer.getvalue(), pickle.dumps({**STATE, "extra": Malicious(proof)})):
+        path.write_bytes(with_trailer(content))
+        with pytest.raises(RunError, match="cannot be parsed"):
+            load_checkpoint(path)
+    assert not proof.exists()
+
+
+def test_compressed_entries_are_refused_as_a_bomb(tmp_path: Path) -> None:
+    buffer, bomb = io.BytesIO(), io.BytesIO()
+    torch.save(STATE, buffer)
+    with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as target:
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry))
+    path = tmp_path / "best.pth.tar"
+    path.write_bytes(with_trailer(bomb.getvalue()))
+    with pytest.raises(RunError, match="compressed"):
+        load_checkpoint(path)
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "best.pth.tar"
+    with pytest.raises(RunError, match="does not exist"):
+        load_checkpoint(path)
+    path.mkdir()
+    with pytest.raises(RunError, match="is not a file"):
+        load_checkpoint(path)
+    path.rmdir()
+    os.mkfifo(path)  # opening it would wait for ever
+    with pytest.raises(RunError, match="is not a file"):
+        load_checkpoint(path)
+    path.unlink()
+    buffer = io.BytesIO()
+    torch.save([1, 2], buffer)
+    path.write_bytes(with_trailer(buffer.getvalue()))
+    with pytest.raises(RunError, match="lacks epoch, net or state_dict"):
+        load_checkpoint(path)
+
+
+# --- resume under damage ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def half_done(script: Script, make_experiment: Make) -> tuple[Path, Path]:
+    """Returns (a directory trained for 3 of 4 epochs, the same experiment trained without interruption)."""
+    whole = make_experiment("whole", num_epochs=4, schedule={"name": "constant"})
+    cut = make_experiment("cut", num_epochs=4, schedule={"name": "constant"})
+    script(train, "--model_dir", whole)
+    script(train, "--model_dir", cut, "--overrides", "num_epochs=3")
+    return cut, whole
+
+
+def same_result(a: Path, b: Path) -> bool:
+    names = ("metrics.jsonl", "metrics_val_best_weights.json", "metrics_val_last_weights.json")
+    files = all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
+    weights = all(states_equal(a / f"{which}.pth.tar", b / f"{which}.pth.tar") for which in ("best", "last"))
+    return files and weights
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage", None])
+def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(
+    script: Script, half_done: tuple[Path, Path], damage: bytes | None
+) -> None:
+    cut, whole = half_done
+    if damage is None:
+        (cut / "last.pth.tar").unlink()
+    else:
+        (cut / "last.pth.tar").write_bytes(damage)
+    ended = script(train, "--model_dir", cut)
+    assert ended.status == 0
+    assert "going on from" in ended.err
+    assert "going on after epoch 2, step 0" in ended.out
+    assert same_result(cut, whole)
+
+
+def test_two_damaged_checkpoints_end_the_run_instead_of_starting_anew(
+    script: Script, half_done: tuple[Path, Path]
+) -> None:
+    cut, _ = half_done
+    for name in ("last", "prev"):
+        (cut / f"{name}.pth.tar").write_bytes(b"garbage")
+    before = snapshot(cut)
+    ended = script(train, "--model_dir", cut)
+    assert ended.status == 1
+    assert "--restart trains from the beginning" in ended.err
+    assert snapshot(cut) == before
+    assert script(train, "--model_dir", cut, "--restart").status == 0
+
+
+def test_a_torn_line_in_the_journal_is_cut_off(script: Script, half_done: tuple[Path, Path]) -> None:
+    cut, whole = half_done
+    with (cut / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"epoch": 4, "train": {"lo')
+    assert [record["epoch"] for record in read_journal(cut)] == [1, 2, 3]  # readers do not stumble over it
+    assert script(train, "--model_dir", cut).status == 0
+    assert same_result(cut, whole)
+
+
+def test_what_follows_from_the_checkpoint_is_restored(script: Script, half_done: tuple[Path, Path]) -> None:
+    cut, whole = half_done
+    (cut / "metrics_val_last_weights.json").write_text("{half")
+    (cut / ".best.pth.tar.1.abc.tmp").write_bytes(b"left by a kill")
+    assert script(train, "--model_dir", cut).status == 0
+    assert same_result(cut, whole)
+    assert not list(cut.glob(".*.tmp"))
+
+
+def test_a_lost_best_checkpoint_is_said_and_the_best_of_the_rest_is_kept(
+    script: Script, make_experiment: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_experiment(num_epochs=4, schedule={"name": "constant"})
+    accuracies = iter([0.9, 0.5, 0.6, 0.7])
+    scored = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *a, **k: scored(*a, **k) | {"accuracy": next(accuracies)})
+    script(train, "--model_dir", folder, "--overrides", "num_epochs=2")
+    assert load_checkpoint(folder / "best.pth.tar")[0]["epoch"] == 1
+    (folder / "best.pth.tar").unlink()
+    ended = script(train, "--model_dir", folder)
+    assert ended.status == 0
+    assert "the weights of epoch 1 are in no other file" in ended.err
+    assert load_checkpoint(folder / "best.pth.tar")[0]["epoch"] == 4
+    assert json.loads((folder / "metrics_val_best_weights.json").read_text())["accuracy"] == 0.7
+
+
+def test_the_first_of_equal_epochs_stays_best_and_a_resumed_run_keeps_it(
+    script: Script, make_experiment: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_experiment(num_epochs=4, schedule={"name": "constant"})
+    accuracies = iter([0.5, 0.8, 0.8, 0.3])
+    scored = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *a, **k: scored(*a, **k) | {"accuracy": next(accuracies)})
+    script(train, "--model_dir", folder, "--overrides", "num_epochs=3")
+    best = (folder / "best.pth.tar").read_bytes()
+    script(train, "--model_dir", folder)  # in the ancestor the first resumed epoch always became best
+    assert (folder / "best.pth.tar").read_bytes() == best
+    assert json.loads((folder / "metrics_val_best_weights.json").read_text())["epoch"] == 2
+
+
+def test_other_data_than_the_run_began_with_is_refused(
+    script: Script, half_done: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut, _ = half_done
+    create = train.data.create
+
+    def altered(*arguments: Any, **options: Any) -> Any:
+        import dataclasses
+
+        return dataclasses.replace(create(*arguments, **options), fingerprint="0" * 64)
+
+    monkeypatch.setattr(train.data, "create", altered)
+    before = snapshot(cut)
+    ended = script(train, "--model_dir", cut)
+    assert ended.status == 2
+    assert "the data is not what this run began with" in ended.err
+    assert snapshot(cut) == before
+
+
+def test_a_teacher_that_was_replaced_is_refused_on_resume(script: Script, make_experiment: Make) -> None:
+    teacher = make_experiment("teacher")
+    script(train, "--model_dir", teacher)
+    student = make_experiment("student", teacher=str(teacher), loss={"name": "kd", "alpha": 0.5, "temperature": 2.0})
+    script(train, "--model_dir", student, "--overrides", "num_epochs=1")
+    script(train, "--model_dir", teacher, "--restart", "--seed", "9")
+    ended = script(train, "--model_dir", student)
+    assert ended.status == 2
+    assert "the teacher is not what this run began with" in ended.err
+
+
+# --- kills ------------------------------------------------------------------------------------------------
+
+DURABLE = ("open", "fsync", "replace", "rename", "link", "unlink", "truncate")
+
+
+def trained_in_a_fork(folder: Path, kill_at: int) -> bool:
+    """Trains in a forked process that kills itself (SIGKILL) before its n-th durable system call.
+
+    Returns:
+        Whether it came to its end instead.
+    """
+    pid = os.fork()
+    if not pid:
+        try:
+            count = 0
+
+            def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+                def wrapper(*arguments: Any, **options: Any) -> Any:
+                    nonlocal count
+                    if str(folder) in str(arguments[0]) or isinstance(arguments[0], int):
+                        count += 1
+                        if count == kill_at:
+                            os.kill(os.getpid(), signal.SIGKILL)
+                    return call(*arguments, **options)
+
+                return wrapper
+
+            for name in DURABLE:  # pathlib calls these through the os module
+                setattr(os, name, counted(getattr(os, name)))
+            train_quietly(folder)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    assert status in (0, signal.SIGKILL), f"ended with {status}"
+    return status == 0
+
+
+def train_quietly(folder: Path) -> None:
+    sys.argv = ["train.py", "--model_dir", str(folder), "--quiet"]
+    assert train.main() == 0
+
+
+def test_a_kill_before_any_durable_call_loses_nothing(script: Script, make_experiment: Make) -> None:
+    changes: dict[str, Any] = {"dataset": {"train_size": 64, "augmentation": "none"}, "checkpoint_minutes": 1e-9}
+    whole = make_experiment("whole", **changes)
+    script(train, "--model_dir", whole)
+    kills = 0
+    for kill_at in range(1, 500):
+        cut = make_experiment(f"cut_{kill_at}", **changes)
+        ended = trained_in_a_fork(cut, kill_at)
+        if not ended:
+            kills += 1
+            assert trained_in_a_fork(cut, 10_000), "the next run must come to its end"
+        assert same_result(cut, whole), f"after a kill before call {kill_at}"
+        assert not list(cut.glob(".*.tmp"))
+        if ended:
+            break
+    assert kills > 50  # else the calls were not intercepted
+
+
+def attempts_in(folder: Path) -> int:
+    path = folder / "run.json"
+    return len(utils.read_json(path)["attempts"]) if path.exists() else 0
+
+
+@pytest.mark.parametrize("rounds", [2, pytest.param(25, marks=pytest.mark.slow)])
+def test_kill_9_at_random_moments_ends_with_the_bits_of_an_uninterrupted_run(
+    script: Script, make_experiment: Make, rounds: int
+) -> None:
+    changes: dict[str, Any] = {"num_epochs": 8, "dataset": {"train_size": 1280}, "checkpoint_minutes": 0.002}
+    whole = make_experiment("whole", **changes)
+    script(train, "--model_dir", whole)
+    draw = random.Random(5)
+    for number in range(rounds):
+        cut = make_experiment(f"cut_{number}", **changes)
+        command = [sys.executable, str(ROOT / "train.py"), "--model_dir", str(cut), "--quiet"]
+        for attempt in range(1, 100):
+            process = subprocess.Popen(command, start_new_session=True)
+            if attempt <= 2:
+                while process.poll() is None and attempts_in(cut) < attempt:
+                    time.sleep(0.01)
+                time.sleep(draw.uniform(0, 1))
+                os.killpg(process.pid, signal.SIGKILL)
+            if process.wait() == 0:
+                break
+            assert process.returncode == -signal.SIGKILL
+            assert read_status(cut) in ("stale", "completed")
+        assert same_result(cut, whole)
+
+
+# --- other processes --------------------------------------------------------------------------------------
+
+
+def test_two_runs_started_together_do_not_share_a_directory(make_experiment: Make) -> None:
+    folder = make_experiment(num_epochs=40)
+    command = [sys.executable, str(ROOT / "train.py"), "--model_dir", str(folder), "--quiet"]
+    runs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [run.communicate(timeout=120)[1] for run in runs]
+    statuses = sorted(run.returncode for run in runs)
+    if statuses != [0, 0]:  # one that waited for the lock may find the run finished
+        assert statuses == [0, 75], errors
+        assert any("is in use by process" in error for error in errors)
+    assert [record["epoch"] for record in read_journal(folder)] == list(range(1, 41))
+
+
+def test_a_locked_directory_is_left_alone_with_status_75(
+    script: Script, make_experiment: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment, "LOCK_SECONDS", 0.1)
+    folder = make_experiment()
+    script(train, "--model_dir", folder, "--overrides", "num_epochs=1")
+    before = snapshot(folder)
+    with FileLock(folder / ".lock"):
+        assert is_locked(folder)
+        ended = script(train, "--model_dir", folder)
+    assert ended.status == 75
+    assert "is in use by process" in ended.err
+    assert snapshot(folder) == before
+
+
+def test_a_run_whose_directory_was_taken_over_writes_nothing_more(script: Script, make_experiment: Make) -> None:
+    folder = make_experiment()
+    params = Params.load(folder, train.schema.resolve)
+    run = Experiment(folder)
+    with pytest.raises(RunError, match="taken over") as ended, run.attempt(params, {"data": None}):
+        stolen = json.loads((folder / "run.json").read_text()) | {"run_id": "another"}
+        (folder / "run.json").write_text(json.dumps(stolen))
+        before = snapshot(folder)
+        run.record(STATE, {"epoch": 1, "learning_rate": 0.1, "train": {}, "val": {"accuracy": 0.5}}, {})
+    assert ended.value.exit_status == 75
+    assert snapshot(folder) == before
+
+
+def test_a_directory_that_vanishes_ends_the_run_and_is_not_made_again(
+    script: Script, make_experiment: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_experiment()
+    scored = train.evaluate
+
+    def vanish(*arguments: Any, **options: Any) -> dict[str, float]:
+        if folder.exists():
+            folder.rename(folder.with_name("moved"))
+        return scored(*arguments, **options)
+
+    monkeypatch.setattr(train, "evaluate", vanish)
+    ended = script(train, "--model_dir", folder)
+    assert ended.status == 1
+    assert "has changed under this run" in ended.err
+    assert not folder.exists()
+
+
+def test_states_are_told_apart(script: Script, make_experiment: Make) -> None:
+    folder = make_experiment()
+    assert read_status(folder) == "pending"
+    script(train, "--model_dir", folder)
+    assert read_status(folder) == "completed"
+    run = json.loads((folder / "run.json").read_text()) | {"status": "running"}
+    (folder / "run.json").write_text(json.dumps(run))
+    assert read_status(folder) == "stale"  # nobody holds the lock
+    with FileLock(folder / ".lock"):
+        assert read_status(folder) == "running"
+
+
+def test_readers_never_find_half_a_file(make_experiment: Make) -> None:
+    folder = make_experiment(num_epochs=25)
+    command = [sys.executable, str(ROOT / "train.py"), "--model_dir", str(folder), "--quiet"]
+    process = subprocess.Popen(command)
+    reads: collections.Counter[str] = collections.Counter()
+    while process.poll() is None:
+        for path in folder.glob("*.json"):
+            utils.read_json(path)
+            reads[path.name] += 1
+        read_journal(folder)
+        if (folder / "last.pth.tar").exists():
+            load_checkpoint(folder / "last.pth.tar")
+            reads["last.pth.tar"] += 1
+    assert process.returncode == 0
+    assert min(reads[name] for name in ("run.json", "metrics_val_last_weights.json", "last.pth.tar")) > 20
+
+
+# --- storage ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+def test_a_failing_disk_keeps_the_previous_checkpoint_and_the_run_goes_on_later(
+    script: Script, half_done: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    cut, whole = half_done
+    good = load_checkpoint(cut / "last.pth.tar")[1]
+    sync = os.fsync
+
+    def failing(handle: int) -> None:
+        if "last.pth.tar" in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(number, os.strerror(number))
+        sync(handle)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", failing)
+        ended = script(train, "--model_dir", cut)
+    assert ended.status == 1
+    assert "cannot write" in ended.err
+    assert "last.pth.tar" in ended.err
+    assert "Traceback" not in ended.err
+    if number == errno.ENOSPC:
+        assert "need " in ended.err
+        assert "free some space" in ended.err
+    assert json.loads((cut / "run.json").read_text())["reason"] == "storage"
+    assert load_checkpoint(cut / "last.pth.tar")[1] == good
+    assert not list(cut.glob(".*.tmp"))
+    assert script(train, "--model_dir", cut).status == 0
+    assert same_result(cut, whole)
+
+
+def test_a_directory_that_cannot_be_written_is_found_before_the_first_epoch(
+    script: Script, make_experiment: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_experiment()
+    (folder / "run.json").mkdir()  # as root, permissions stop nobody; this does
+    ended = script(train, "--model_dir", folder)
+    assert ended.status == 2
+    assert "run.json" in ended.err
+    assert not (folder / "metrics.jsonl").exists()
+
+
+def test_links_are_replaced_and_never_written_through(script: Script, make_experiment: Make, tmp_path: Path) -> None:
+    folder, other = make_experiment(), tmp_path / "precious"
+    other.write_text("precious")
+    for name in ("run.json", "metrics_val_last_weights.json"):
+        (folder / name).symlink_to(other)
+    (folder / "run.json").unlink()
+    assert script(train, "--model_dir", folder).status == 0
+    assert other.read_text() == "precious"
+    assert not (folder / "metrics_val_last_weights.json").is_symlink()
+
+
+def test_without_hard_links_files_are_copied(
+    script: Script, make_experiment: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    folder = make_experiment()
+    assert script(train, "--model_dir", folder).status == 0
+    epoch = json.loads((folder / "metrics_val_best_weights.json").read_text())["epoch"]
+    assert load_checkpoint(folder / "best.pth.tar")[0]["epoch"] == epoch
+    assert load_checkpoint(folder / "prev.pth.tar")[0]["epoch"] == 1
