@@ -19,6 +19,7 @@ import torch
 from experiment import load_checkpoint, load_teacher_checkpoint
 from model import data, metrics, nets, schema
 from model.engine import choose_device, choose_precision, evaluate, place
+from model.losses import LOSSES
 from model.outputs import Batch, Outputs
 from model.teacher import FrozenTeacher, create_teacher
 from utils import OK, Params, RunError, log, run_main, set_logger, write_file, write_json
@@ -102,9 +103,13 @@ def main() -> int:
         if teacher_outputs is not None:
             columns["teacher_logits"].append(teacher_outputs.logits.cpu())
 
-    scores = evaluate(net, loader.plain(), precision=precision, teacher=teacher, after_batch=collect)
+    loss = LOSSES.create(params.loss).to(device)
+    loss.load_state_dict(state["loss_dict"])
+    if loss.needs_teacher and teacher is None:
+        loss = None
+    options = {"precision": precision, "loss": loss, "teacher": teacher, "after_batch": collect}
+    scores = evaluate(net, loader.plain(), **options)
     table = {name: torch.cat(parts) for name, parts in columns.items() if parts}
-    scores["loss"] = scores["cross_entropy"]
     scores["ece"] = metrics.expected_calibration_error(table["logits"], table["labels"])
     if teacher is not None:
         scores |= metrics.agreement(table["logits"], table["teacher_logits"])

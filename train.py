@@ -21,7 +21,17 @@ from tqdm import tqdm
 
 from experiment import Experiment, load_teacher_checkpoint, read_status
 from model import data, schema
-from model.engine import Learner, Totals, choose_device, choose_precision, device_name, evaluate, place, train_epoch
+from model.engine import (
+    Learner,
+    Totals,
+    check_input,
+    choose_device,
+    choose_precision,
+    device_name,
+    evaluate,
+    place,
+    train_epoch,
+)
 from model.losses import LOSSES
 from model.metrics import count_parameters
 from model.nets import NETS
@@ -184,6 +194,7 @@ def train(args: argparse.Namespace) -> int:
     net_record = {"section": params.student, **splits.facts()}
     torch.manual_seed(derive_seed(params.seed, "init"))
     student = place(NETS.create(params.student, splits.num_classes), device)
+    check_input(student, params.student["name"], splits.shape)
     teacher = None
     if teacher_state is not None:
         teacher = place(create_teacher(teacher_state, f"teacher {teacher_dir}", net_record), device)

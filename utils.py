@@ -63,7 +63,7 @@ def run_main(main: Callable[[], int]) -> None:
         status = OK
     except Exception as error:
         status = getattr(error, "exit_status", None)
-        if not log.handlers:  # nothing is written anywhere yet
+        if not any(isinstance(handler, ConsoleHandler) for handler in log.handlers):  # set_logger has not run yet
             if status is None:
                 raise
             print(error, file=sys.stderr)
@@ -254,13 +254,13 @@ def apply_overrides(raw: dict[str, Any], overrides: Iterable[str]) -> list[str]:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise RunError(f"--overrides: {override!r} is not key=value, such as loss.alpha=0.5")
+        key = full_key(raw, key)
         try:
             value = json.loads(text, object_pairs_hook=_once, parse_constant=_number, parse_float=_number)
         except json.JSONDecodeError:
             value = text
         except (ValueError, RecursionError) as error:
             raise RunError(f"--overrides: {key}: {error}", "params") from None
-        key = full_key(raw, key)
         set_option(raw, key, value)
         keys.append(key)
     return keys

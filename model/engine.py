@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -78,6 +79,22 @@ def outputs_of(net: nn.Module, images: Tensor, needs: frozenset[str]) -> Outputs
     if needs <= {"logits"}:
         return Outputs(net(images).float())
     return net.forward_with_features(images).float()  # type: ignore[operator]
+
+
+def check_input(net: nn.Module, name: str, shape: Sequence[int]) -> None:
+    """Sees whether a net takes images of a shape `(C, H, W)`; nothing is computed.
+
+    Raises:
+        InputError: With the net's own reason.
+    """
+    dummy = copy.deepcopy(net).to("meta").eval()
+    try:
+        with torch.no_grad():
+            dummy(torch.empty(1, *shape, device="meta"))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        size = "x".join(map(str, shape))
+        why = str(error).partition("\n")[0]
+        raise InputError(f"net {name!r} does not take the dataset's images of {size}: {why}") from None
 
 
 @dataclass

@@ -36,6 +36,7 @@ def fresh_loggers() -> Iterator[None]:
         for handler in logger.handlers[:]:
             logger.removeHandler(handler)
             handler.close()
+        logger.propagate = True
     logging.captureWarnings(False)
 
 

@@ -20,14 +20,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT, Script, snapshot
 from filelock import FileLock
+from test_train import states_equal
 
 import experiment
 import train
 import utils
-from conftest import ROOT, Script, snapshot
 from experiment import Experiment, is_locked, load_checkpoint, read_journal, read_status, save_checkpoint
-from test_train import states_equal
 from utils import Params, RunError
 
 Make = Callable[..., Path]
@@ -57,14 +57,14 @@ def test_every_truncation_is_detected(checkpoint: Path) -> None:
     whole = checkpoint.read_bytes()
     for size in [0, 1, 39, 40, 41, 100, len(whole) // 2, len(whole) - 40, len(whole) - 1]:
         checkpoint.write_bytes(whole[:size])
-        with pytest.raises(RunError, match="cut short|does not match|cannot be parsed"):
+        with pytest.raises(RunError, match=r"cut short|does not match|cannot be parsed"):
             load_checkpoint(checkpoint)
 
 
 def test_every_flipped_bit_is_detected(checkpoint: Path) -> None:
     whole = checkpoint.read_bytes()
     draw = random.Random(0)
-    positions = [*range(0, 60), *range(len(whole) - 60, len(whole)), *(draw.randrange(len(whole)) for _ in range(300))]
+    positions = [*range(60), *range(len(whole) - 60, len(whole)), *(draw.randrange(len(whole)) for _ in range(300))]
     for position in positions:
         damaged = bytearray(whole)
         damaged[position] ^= 1 << draw.randrange(8)
@@ -390,7 +390,7 @@ def test_a_run_whose_directory_was_taken_over_writes_nothing_more(script: Script
     folder = make_experiment()
     params = Params.load(folder, train.schema.resolve)
     run = Experiment(folder)
-    with pytest.raises(RunError, match="taken over") as ended, run.attempt(params, {"data": None}):
+    with pytest.raises(RunError, match="taken over") as ended, run.attempt(params, {"data": None}):  # noqa: PT012
         stolen = json.loads((folder / "run.json").read_text()) | {"run_id": "another"}
         (folder / "run.json").write_text(json.dumps(stolen))
         before = snapshot(folder)
@@ -458,7 +458,7 @@ def test_a_failing_disk_keeps_the_previous_checkpoint_and_the_run_goes_on_later(
     sync = os.fsync
 
     def failing(handle: int) -> None:
-        if "last.pth.tar" in os.readlink(f"/proc/self/fd/{handle}"):
+        if "last.pth.tar" in str(Path(f"/proc/self/fd/{handle}").readlink()):
             raise OSError(number, os.strerror(number))
         sync(handle)
 

@@ -64,6 +64,9 @@ def test_the_calibration_error_of_known_cases() -> None:
     # Confidence 0.5 everywhere, right half of the time; ties go to the first class.
     assert expected_calibration_error(torch.zeros(4, 2), torch.tensor([0, 1, 0, 1])) == 0
     assert expected_calibration_error(torch.zeros(4, 2), torch.tensor([0, 0, 0, 0])) == pytest.approx(0.5)
+    # A confidence on a border belongs to the bin below it: of 0.5, wrong, and 0.7, right, each has a bin of its own.
+    on_a_border = torch.tensor([[0.5, 0.5], [0.7, 0.3]], dtype=torch.float64).log()
+    assert expected_calibration_error(on_a_border, torch.tensor([1, 0]), 2) == pytest.approx((0.5 + 0.3) / 2)
 
 
 # --- confusion and agreement ----------------------------------------------------------------------------------

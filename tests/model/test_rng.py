@@ -4,11 +4,14 @@ import itertools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from model.rng import derive_seed
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_no_two_uses_collide() -> None:

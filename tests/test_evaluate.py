@@ -1,0 +1,160 @@
+"""evaluate.py, on real checkpoints."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import evaluate
+import train
+from conftest import Script, snapshot
+from experiment import load_checkpoint
+
+Make = Callable[..., Path]
+KD = {"name": "kd", "alpha": 0.9, "temperature": 4.0}
+
+
+@pytest.fixture
+def pair(script: Script, make_experiment: Make) -> tuple[Path, Path]:
+    """Returns (a trained teacher, a student distilled from it), on eight classes."""
+    dataset = {"num_classes": 8, "test_size": 80}
+    teacher = make_experiment("teacher", num_epochs=4, student={"width": 8}, dataset=dataset)
+    student = make_experiment("student", num_epochs=3, dataset=dataset, teacher=str(teacher), loss=KD)
+    for folder in (teacher, student):
+        assert script(train, "--model_dir", folder).status == 0
+    return teacher, student
+
+
+def read_csv(path: Path) -> list[list[str]]:
+    with path.open() as file:
+        return list(csv.reader(file))
+
+
+def test_the_scores_are_those_of_the_saved_predictions(script: Script, pair: tuple[Path, Path]) -> None:
+    _, student = pair
+    assert script(evaluate, "--model_dir", student, "--save_predictions").status == 0
+    scores = json.loads((student / "metrics_test_best_weights.json").read_text())
+    table = np.load(student / "predictions_test_best_weights.npz")
+    logits, labels, teacher = (table[name].astype(np.float64) for name in ("logits", "labels", "teacher_logits"))
+    labels = labels.astype(int)
+    assert (table["indices"] == np.arange(80)).all()  # the dataset's own order: rows of two nets can be compared
+    order = np.argsort(-logits, axis=1)
+    assert scores["accuracy"] == pytest.approx((order[:, 0] == labels).mean())
+    assert scores["accuracy_top5"] == pytest.approx((order[:, :5] == labels[:, None]).any(1).mean())
+    log_probs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    assert scores["cross_entropy"] == pytest.approx(-log_probs[np.arange(80), labels].mean(), rel=1e-5)
+    teacher_log_probs = teacher - np.log(np.exp(teacher).sum(1, keepdims=True))
+    kl = (np.exp(teacher_log_probs) * (teacher_log_probs - log_probs)).sum(1).mean()
+    assert scores["teacher_kl"] == pytest.approx(kl, rel=1e-5)
+    assert scores["teacher_agreement"] == pytest.approx((logits.argmax(1) == teacher.argmax(1)).mean())
+    assert 0 <= scores["ece"] <= 1
+    assert scores["images"] == 80
+
+
+def test_the_metrics_file_says_which_split_and_checkpoint_and_how_it_was_selected(
+    script: Script, pair: tuple[Path, Path]
+) -> None:
+    _, student = pair
+    for which in ("best", "last"):
+        assert script(evaluate, "--model_dir", student, "--restore_file", which).status == 0
+        scores = json.loads((student / f"metrics_test_{which}_weights.json").read_text())
+        state, sha = load_checkpoint(student / f"{which}.pth.tar")
+        assert (scores["split"], scores["selected_on"], scores["epoch"]) == ("test", "val", state["epoch"])
+        assert scores["checkpoint_sha256"] == sha
+
+
+def test_the_confusion_matrix_and_the_classes_add_up(script: Script, pair: tuple[Path, Path]) -> None:
+    _, student = pair
+    script(evaluate, "--model_dir", student)
+    header, *rows = read_csv(student / "confusion_test_best_weights.csv")
+    counts = np.array([[int(cell) for cell in row[1:]] for row in rows])
+    assert header == ["true", *(row[0] for row in rows)]
+    assert counts.sum() == 80
+    _, *classes = read_csv(student / "per_class_test_best_weights.csv")
+    for row, (_, images, accuracy) in zip(counts, classes, strict=True):
+        assert row.sum() == int(images) == 10
+    assert [float(c[2]) for c in classes] == pytest.approx((counts.diagonal() / counts.sum(1)).tolist())
+    accuracy = json.loads((student / "metrics_test_best_weights.json").read_text())["accuracy"]
+    assert counts.trace() / 80 == pytest.approx(accuracy)
+
+
+def test_sizes_are_compared_with_the_teachers(script: Script, pair: tuple[Path, Path]) -> None:
+    teacher, student = pair
+    sizes = {}
+    for folder in pair:
+        script(evaluate, "--model_dir", folder)
+        sizes[folder] = json.loads((folder / "metrics_test_best_weights.json").read_text())
+    small, large = sizes[student], sizes[teacher]
+    assert small["compression_parameters"] == pytest.approx(large["parameters"] / small["parameters"])
+    assert small["compression_macs"] == pytest.approx(large["macs"] / small["macs"])
+    assert small["weight_bytes"] >= 4 * small["parameters"]
+    assert "compression_parameters" not in large  # it has no teacher
+
+
+def test_the_loss_is_the_runs_objective_with_its_terms(script: Script, pair: tuple[Path, Path]) -> None:
+    _, student = pair
+    script(evaluate, "--model_dir", student, "--split", "val")
+    scores = json.loads((student / "metrics_val_best_weights.json").read_text())
+    recorded = load_checkpoint(student / "best.pth.tar")[0]["metrics"]
+    assert {name: scores[name] for name in recorded} == pytest.approx(recorded, rel=1e-6)
+    assert scores["loss"] == pytest.approx(scores["ce"] + scores["kd"])
+    assert scores["ce"] == pytest.approx(0.1 * scores["cross_entropy"])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_val_scores_are_those_that_training_recorded(script: Script, make_experiment: Make, precision: str) -> None:
+    folder = make_experiment(precision=precision)
+    script(train, "--model_dir", folder)
+    script(evaluate, "--model_dir", folder, "--split", "val")
+    # evaluate.py writes them under the same name, with more beside them
+    scores = json.loads((folder / "metrics_val_best_weights.json").read_text())
+    assert scores["epoch"] == load_checkpoint(folder / "best.pth.tar")[0]["epoch"]
+    recorded = load_checkpoint(folder / "best.pth.tar")[0]["metrics"]
+    assert scores["accuracy"] == recorded["accuracy"]
+    assert {name: scores[name] for name in recorded} == pytest.approx(recorded, rel=1e-6)
+
+
+def test_the_training_split_is_scored_without_augmentation_and_in_order(script: Script, make_experiment: Make) -> None:
+    folder = make_experiment()
+    script(train, "--model_dir", folder)
+    script(evaluate, "--model_dir", folder, "--split", "train", "--save_predictions")
+    indices = np.load(folder / "predictions_train_best_weights.npz")["indices"]
+    assert (np.diff(indices) > 0).all()
+    before = (folder / "metrics_train_best_weights.json").read_bytes()
+    script(evaluate, "--model_dir", folder, "--split", "train")
+    assert (folder / "metrics_train_best_weights.json").read_bytes() == before
+
+
+def test_a_teacher_that_is_gone_does_not_hinder_the_scores(script: Script, pair: tuple[Path, Path]) -> None:
+    teacher, student = pair
+    teacher.rename(teacher.with_name("moved"))
+    ended = script(evaluate, "--model_dir", student)
+    assert ended.status == 0
+    assert "no comparison with the teacher" in ended.err
+    assert "teacher_kl" not in json.loads((student / "metrics_test_best_weights.json").read_text())
+
+
+def test_an_evaluation_changes_nothing_but_its_own_files(script: Script, pair: tuple[Path, Path]) -> None:
+    _, student = pair
+    before = snapshot(student.parent)
+    script(evaluate, "--model_dir", student)
+    after = snapshot(student.parent)
+    assert {name: after[name] for name in before} == before
+    assert {Path(name).name for name in after.keys() - before.keys()} == {
+        "metrics_test_best_weights.json",
+        "confusion_test_best_weights.csv",
+        "per_class_test_best_weights.csv",
+    }
+
+
+def test_overrides_that_made_the_run_are_remembered(script: Script, make_experiment: Make) -> None:
+    folder = make_experiment()
+    script(train, "--model_dir", folder, "--overrides", "student.width=6", "dataset.num_classes=3")
+    assert script(evaluate, "--model_dir", folder).status == 0
+    header, *_ = read_csv(folder / "confusion_test_best_weights.csv")
+    assert len(header) == 4
