@@ -8,6 +8,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # bits depend on it, and the runners are shared; also for scripts that tests start
 
 import logging
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,13 @@ import torch
 from utils import run_main
 
 ROOT = Path(__file__).parent.parent
+
+
+def committed_files() -> list[str]:
+    """Returns the paths of the repository's files, as git lists them."""
+    command = ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
+    return [name for name in listed.decode().split("\0") if name and (ROOT / name).is_file()]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Script, snapshot
 
 import evaluate
 import train
-from conftest import Script, snapshot
 from experiment import load_checkpoint
 
 Make = Callable[..., Path]
