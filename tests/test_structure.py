@@ -39,8 +39,9 @@ PARTS = {
 
 
 def sources() -> list[Path]:
-    files = [path for path in ROOT.glob("*.py")]
-    return files + [path for room in ("model", "sweep", "report") for path in (ROOT / room).rglob("*.py")]
+    return list(ROOT.glob("*.py")) + [
+        path for room in ("model", "sweep", "report") for path in (ROOT / room).rglob("*.py")
+    ]
 
 
 def imports(path: Path) -> list[str]:

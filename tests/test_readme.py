@@ -1,0 +1,93 @@
+"""README.md says what is true. `python tests/test_readme.py --write` writes its reference anew."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+BEGIN, END = "<!-- reference: made by `make readme` -->\n", "<!-- end of reference -->\n"
+
+
+def parts() -> tuple[str, str, str]:
+    """Returns README.md before, within and after the reference."""
+    before, rest = README.read_text().split(BEGIN)
+    reference, after = rest.split(END)
+    return before, reference, after
+
+
+def commands() -> list[list[str]]:
+    """Returns the commands of README.md's shell blocks that start a script of ours."""
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", README.read_text(), re.DOTALL)
+    lines = [line.partition("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [shlex.split(line) for line in lines if line.startswith("python ")]
+
+
+def test_the_reference_is_that_of_the_signatures() -> None:
+    from model import schema
+
+    assert parts()[1] == schema.reference(), "run `make readme`"
+
+
+def test_every_registered_entry_is_in_the_reference() -> None:
+    from model import schema
+
+    for registry in schema.SECTIONS.values():
+        for name in registry:
+            assert f"| `{name}" in parts()[1]
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_commands_name_scripts_flags_and_directories_that_exist(command: list[str]) -> None:
+    _, script, *arguments = command
+    if script == "-m":
+        assert (ROOT / arguments[0].replace(".", "/")).with_suffix(".py").is_file()
+        return
+    assert (ROOT / script).is_file()
+    source = (ROOT / script).read_text()
+    for flag in (word for word in arguments if word.startswith("--")):
+        assert f'"{flag}"' in source, flag
+    for folder in (word for word in arguments if word.startswith("experiments")):
+        assert (ROOT / folder).is_dir()
+
+
+def test_there_are_commands_for_every_script() -> None:
+    scripts = {command[1] for command in commands()}
+    assert {"train.py", "evaluate.py", "search_hyperparams.py", "synthesize_results.py"} <= scripts
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "search_hyperparams", "synthesize_results"])
+def test_help_describes_every_flag(script: str) -> None:
+    command = [sys.executable, str(ROOT / f"{script}.py"), "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for flag in re.findall(r'add_argument\(\s*"(--\w+)"', (ROOT / f"{script}.py").read_text()):
+        assert flag in shown
+        assert flag in README.read_text(), f"{flag} of {script}.py is not in README.md"
+
+
+def test_links_lead_to_files_that_exist() -> None:
+    for document in ("README.md", "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text()):
+            assert (ROOT / target).exists(), f"{document}: {target}"
+
+
+def test_make_targets_that_are_named_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for document in ("README.md", "CONTRIBUTING.md"):
+        for target in re.findall(r"`make ([a-z-]+)", (ROOT / document).read_text()):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{document}: make {target}"
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    from model import schema
+
+    before, _, after = parts()
+    if "--write" in sys.argv:
+        README.write_text(before + BEGIN + schema.reference() + END + after)
