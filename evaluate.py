@@ -114,6 +114,7 @@ def main() -> int:
     if teacher is not None:
         scores |= metrics.agreement(table["logits"], table["teacher_logits"])
     scores |= sizes(net, teacher, splits.shape)
+    scores["checkpoint_bytes"] = path.stat().st_size
     origin = {"split": args.split, "images": len(table["labels"]), "epoch": state["epoch"], "selected_on": "val"}
     stem = f"{args.split}_{args.restore_file}_weights"
     write_json(args.model_dir / f"metrics_{stem}.json", {**scores, **origin, "checkpoint_sha256": sha})

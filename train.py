@@ -128,15 +128,15 @@ class Run:
     def epoch(self, epoch: int, totals: Totals) -> None:
         """Trains, validates and commits an epoch (from 0), or what is left of it."""
         name = f"epoch {epoch + 1}/{self.params.num_epochs}"
-        bar = EpochBar(name, len(self.splits.train), totals.steps, self.quiet)
         started, done = time.monotonic(), totals.samples
+        bar = EpochBar(name, self.splits.train.num_samples, done, self.quiet)
 
         def pause(*_: object) -> None:
             where = f"in {name} after step {totals.steps}"
             self.experiment.pause(lambda: self.snapshot(epoch, totals), self.params.checkpoint_minutes, where)
 
         def after_step() -> None:
-            bar.step(totals.means)
+            bar.show(totals.samples, totals.means)
             pause()
 
         train_metrics = train_epoch(

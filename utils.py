@@ -349,22 +349,22 @@ def set_logger(path: Path | None = None, quiet: bool = False) -> None:
 
 
 class EpochBar:
-    """One line on the terminal for the epoch that runs; silent without a terminal.
+    """One line on the terminal for the epoch that runs, with images/s and time left; silent without a terminal.
 
     Args:
         label: Such as `epoch 3/30`.
-        steps: Of the whole epoch.
-        done: Steps that an earlier attempt has done.
+        total: Images in the epoch.
+        done: Images that an earlier attempt has done.
         quiet: Show nothing.
     """
 
-    def __init__(self, label: str, steps: int, done: int, quiet: bool) -> None:
-        self._bar = tqdm(desc=label, total=steps, initial=done, disable=quiet or None, leave=False)
+    def __init__(self, label: str, total: int, done: int, quiet: bool) -> None:
+        self._bar = tqdm(desc=label, total=total, initial=done, unit="img", disable=quiet or None, leave=False)
         self._shown = time.monotonic()
 
-    def step(self, means: Callable[[], Mapping[str, float]]) -> None:
-        """Advances by a step; calls `means`, which waits for the device, at most once a second."""
-        self._bar.update()
+    def show(self, done: int, means: Callable[[], Mapping[str, float]]) -> None:
+        """Advances to `done` images; calls `means`, which waits for the device, at most once a second."""
+        self._bar.update(done - self._bar.n)
         if not self._bar.disable and time.monotonic() - self._shown > 1:
             self._bar.set_postfix({name: f"{value:.3f}" for name, value in means().items()})
             self._shown = time.monotonic()

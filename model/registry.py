@@ -123,7 +123,7 @@ def suggest(name: str, known: Any) -> str:
     """Returns "did you mean 'x'?" for a near miss, else the list of what is known."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known) or 'none'}"
 
 
 def options_of(function: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:

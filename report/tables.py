@@ -49,8 +49,14 @@ def differing_options(rows: Sequence[Row]) -> dict[str, str]:
     known = [row.options for row in rows if row.options]  # a params.json that cannot be read differs in nothing
     chosen = {key for row in rows for key in row.written}
     keys = [key for key in sorted(chosen) if any(options.get(key) != known[0].get(key) for options in known)]
-    uses = Counter(key.rpartition(".")[2] for key in keys) + Counter([*DIGITS, "experiment", "status"])
-    return {key: short if uses[short := key.rpartition(".")[2]] == 1 else key for key in keys}
+    uses = Counter(map(_short, keys)) + Counter([*DIGITS, "experiment", "status"])
+    return {key: short if uses[short := _short(key)] == 1 else key for key in keys}
+
+
+def _short(key: str) -> str:
+    """Returns the option's own name; what identifies a section goes by the section's."""
+    section, _, option = key.rpartition(".")
+    return section if option in ("name", "model_dir") and section else option
 
 
 def create_frame(rows: Sequence[Row]) -> pd.DataFrame:

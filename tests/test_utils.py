@@ -181,8 +181,8 @@ def test_warnings_of_libraries_reach_the_log(tmp_path: Path, capsys: pytest.Capt
 
 def test_without_a_terminal_the_bar_is_silent_and_reads_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     bar = EpochBar("epoch 1/1", 3, 0, quiet=False)
-    for _ in range(3):
-        bar.step(lambda: pytest.fail("means() waits for the device"))
+    for done in range(3):
+        bar.show(done, lambda: pytest.fail("means() waits for the device"))
     bar.close()
     assert capsys.readouterr().err == ""
 

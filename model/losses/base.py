@@ -21,6 +21,9 @@ class Loss(nn.Module):
     needs: frozenset[str] = frozenset({"logits"})
     needs_teacher: bool = False
 
+    def __init__(self) -> None:  # nn.Module's own takes **kwargs: a loss without options would be refused
+        super().__init__()
+
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         """Returns the weighted terms, each a scalar, for a batch; `teacher` is None iff `needs_teacher` is False."""
         raise NotImplementedError

@@ -249,6 +249,8 @@ def test_student_and_loss_are_in_train_mode_at_every_step_though_validation_ran_
         assert modes
         assert not any(modes), "a module was in train mode in validation"
         modes.clear()
+        for module in (learner.student, learner.loss):  # what else may have happened in between
+            module.eval()
 
 
 @pytest.mark.parametrize("mode", [True, False])

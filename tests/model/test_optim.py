@@ -19,6 +19,9 @@ from model.optim import OPTIMIZERS, SCHEDULES, Schedule, create_optimizer, creat
 EPOCHS, STEPS, BASE = 30, 7, 0.1
 
 
+every_optimiser = pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+
+
 def resolved(registry: Any, name: str, **options: Any) -> dict[str, Any]:
     section, problems = registry.resolve({"name": name, **options})
     assert problems == []
@@ -239,7 +242,7 @@ def test_an_optimiser_follows_its_formula(
     np.testing.assert_allclose(weights.detach().numpy(), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@every_optimiser
 def test_the_step_is_proportional_to_the_rate_that_the_schedule_sets(name: str) -> None:
     def moved(rate: float) -> np.ndarray:
         weights = nn.Parameter(torch.tensor(START))
@@ -253,7 +256,7 @@ def test_the_step_is_proportional_to_the_rate_that_the_schedule_sets(name: str) 
     assert np.abs(moved(1e-3)).max() > 0
 
 
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@every_optimiser
 def test_only_parameters_that_require_a_gradient_are_optimised(name: str) -> None:
     net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2).requires_grad_(False))
     optimizer = create_optimizer(resolved(OPTIMIZERS, name, learning_rate=BASE), net.parameters())
@@ -264,7 +267,7 @@ def test_only_parameters_that_require_a_gradient_are_optimised(name: str) -> Non
 # --- options ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@every_optimiser
 @pytest.mark.parametrize(
     ("option", "value", "problem"),
     [

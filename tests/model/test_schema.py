@@ -85,6 +85,7 @@ def test_without_loss_and_teacher_it_is_plain_training() -> None:
 def test_all_problems_are_reported_at_once_with_their_paths() -> None:
     raw = {
         "num_epoch": 3,
+        "studnet": {"name": "tiny"},
         "seed": -1,
         "precision": "fp8",
         "dataset": {"name": "synthetic", "batch_size": 0, "noise": "much"},
@@ -97,10 +98,11 @@ def test_all_problems_are_reported_at_once_with_their_paths() -> None:
     _, problems = resolve(raw)
     found = dict(problems)
     assert len(found) == len(problems)
-    assert found.pop("optimizer.name").startswith("is missing; known: adam, adamw, sgd")
+    assert found.pop("optimizer.name").startswith("is missing; known: adam")
     assert found.pop("precision").startswith("'fp8' is not one of 'auto'")
     assert found == {
         "num_epoch": "unknown key; did you mean 'num_epochs'?",
+        "studnet": "unknown key; did you mean 'student'?",
         "num_epochs": "is missing and has no default",
         "seed": "-1 is below 0",
         "dataset.batch_size": "0 is below 1",
@@ -151,6 +153,12 @@ def test_a_section_that_is_needed_and_missing_is_asked_for(section: str, absent:
     assert found[0] == section
     assert found[1].startswith(f'is missing; add "{section}": {{"name": ...}} (known: ')
     assert all(name in found[1] for name in SECTIONS[section])
+
+
+@pytest.mark.parametrize("section", ["loss", "schedule"])
+def test_a_section_that_is_there_but_empty_does_not_stand_for_its_default(section: str) -> None:
+    assert problems_of(**{section: None})[section].startswith("is missing; add ")
+    assert problems_of(**{section: {}})[f"{section}.name"].startswith("is missing; known: ")
 
 
 @pytest.mark.parametrize("section", list(SECTIONS))

@@ -81,7 +81,9 @@ def test_its_answers_can_be_targets_in_a_backward() -> None:
     # Tensors of inference_mode cannot: "Inference tensors cannot be saved for backward".
     teacher, student = FrozenTeacher(net_of()), net_of(1)
     ours, theirs = student.forward_with_features(images()), teacher.forward_with_features(images())  # type: ignore[operator]
-    loss = F.mse_loss(ours.logits, theirs.logits) + F.mse_loss(ours.embedding * theirs.embedding, theirs.embedding)
+    loss = F.mse_loss(ours.embedding * theirs.embedding, theirs.embedding)
+    for logits in (theirs.logits, teacher(images())):
+        loss = loss + F.mse_loss(ours.logits, logits)
     loss.backward()
     assert all(parameter.grad is not None for parameter in student.parameters())
     assert all(parameter.grad is None for parameter in teacher.parameters())

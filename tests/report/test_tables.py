@@ -79,7 +79,7 @@ def test_an_option_is_shown_if_it_differs_or_is_absent_somewhere() -> None:
     rows = [row("a", seed=1, loss__alpha=0.5, loss__name="kd"), row("b", seed=1, loss__alpha=0.9, loss__name="kd")]
     assert differing_options(rows) == {"loss.alpha": "alpha"}
     rows.append(row("c", seed=1, loss__name="ce"))
-    assert differing_options(rows) == {"loss.alpha": "alpha", "loss.name": "name"}
+    assert differing_options(rows) == {"loss.alpha": "alpha", "loss.name": "loss"}
     assert [line[1] for line in cells(rows)[1:]] == ["0.5", "0.9", ""]
 
 
@@ -92,8 +92,18 @@ def test_a_default_that_nobody_wrote_is_not_shown_and_one_that_somebody_wrote_is
 
 
 def test_headers_are_short_where_that_is_unique() -> None:
-    rows = [row("a", loss__name="kd", student__name="cnn", loss__alpha=1), row("b")]
-    assert [*differing_options([*rows, row("c", seed=1)]).values()] == ["alpha", "loss.name", "seed", "student.name"]
+    rows = [row("a", loss__weight=2, student__weight=1, loss__alpha=1), row("b")]
+    assert [*differing_options([*rows, row("c", seed=1)]).values()] == [
+        "alpha",
+        "loss.weight",
+        "seed",
+        "student.weight",
+    ]
+
+
+def test_what_identifies_a_section_goes_by_the_sections_name() -> None:
+    rows = [row("a", loss__name="kd", student__name="cnn", teacher__model_dir="t"), row("b", seed=1)]
+    assert [*differing_options(rows).values()] == ["loss", "seed", "student", "teacher"]
 
 
 def test_an_option_called_status_keeps_its_dotted_key() -> None:

@@ -386,6 +386,22 @@ def test_a_loss_with_adapters_can_pass(check: Check) -> None:
     check_documentation(Hint)
 
 
+def test_a_loss_without_options_needs_no_constructor() -> None:
+    losses = Registry("loss")
+
+    @losses.register("mse")
+    class MSE(Loss):
+        needs_teacher = True
+
+        def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+            assert teacher is not None
+            return {"mse": F.mse_loss(student.logits, teacher.logits)}
+
+    loss = losses.create(section_of(losses, "mse"))
+    assert terms_of(loss, *inputs_of(loss))["mse"] > 0
+    assert losses.resolve({"name": "mse", "weight": 1})[1] == [("weight", "unknown option; known: none")]
+
+
 class WithKD(KDLoss):
     """Source: a base for what is broken below."""
 
