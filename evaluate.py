@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiment import load_checkpoint, load_teacher_checkpoint
+from checkpoint import load_checkpoint
+from experiment import load_teacher_checkpoint
 from model import data, metrics, nets, schema
 from model.engine import choose_device, choose_precision, evaluate, place
 from model.losses import LOSSES
 from model.outputs import Batch, Outputs
 from model.teacher import FrozenTeacher, create_teacher
-from utils import OK, Params, RunError, log, run_main, set_logger, write_file, write_json
+from process import log, run_main, set_logger
+from utils import OK, Params, RunError, write_file, write_json
 
 
 def parse_args() -> argparse.Namespace:

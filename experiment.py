@@ -11,45 +11,38 @@
 
 Write order: journal, last.pth.tar, best.pth.tar, derived JSON. After a crash at any point the same command
 goes on from last.pth.tar, cuts the journal to the length that it records and restores what follows from it.
-torch is imported only by what reads or writes a checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
 import json
 import os
 import platform
 import shlex
 import time
 import uuid
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from checkpoint import load_checkpoint, save_checkpoint
+from process import StopSignals, log, provenance
 from utils import (
     FAILED,
     TEMPORARY,
     Params,
     RunError,
-    StopSignals,
     differences,
     follow,
     link_file,
-    log,
-    provenance,
     read_json,
     storage_error,
-    write_file,
     write_json,
 )
 
-MAGIC = b"KDCKPT1\n"
 LOCK_SECONDS = 5.0  # a killed run's lock is free at once; this covers one that is just ending
 # Params that may differ between the attempts of one run: they say where things are or when to stop.
 # What they lead to, data and teacher, is compared by content.
@@ -70,66 +63,6 @@ WRITTEN = (
     "*.pth.tar",
     "events.out.tfevents.*",
 )
-
-
-# --- checkpoint files -------------------------------------------------------------------------------------
-
-
-def save_checkpoint(path: Path, state: Mapping[str, Any]) -> str:
-    """Writes a checkpoint that verifies itself: torch's zip format, then MAGIC and the SHA-256 of all before.
-
-    Returns:
-        The SHA-256 in hex.
-    """
-    import torch
-
-    buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
-    content = buffer.getvalue()
-    digest = hashlib.sha256(content)
-    write_file(path, content + MAGIC + digest.digest())
-    return digest.hexdigest()
-
-
-def load_checkpoint(path: Path) -> tuple[dict[str, Any], str]:
-    """Reads, verifies and parses a checkpoint, on the CPU; nothing in it is executed.
-
-    Returns:
-        The state and the SHA-256 of its content in hex.
-
-    Raises:
-        RunError: Reason `checkpoint`: missing, damaged, or not written by this program.
-    """
-    import torch
-
-    def unusable(why: str) -> RunError:
-        return RunError(f"{path}: {why}", "checkpoint", FAILED)
-
-    if not path.is_file():  # also: a FIFO, which must not be opened
-        raise unusable("is not a file" if path.exists() else "does not exist")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise unusable(f"cannot be read: {error.strerror}") from None
-    content, trailer = data[: -len(MAGIC) - 32], data[-len(MAGIC) - 32 :]
-    if not trailer.startswith(MAGIC):
-        raise unusable("has no verification trailer: cut short, or written by another program")
-    digest = hashlib.sha256(content)
-    if trailer[len(MAGIC) :] != digest.digest():
-        raise unusable("is damaged: its content does not match its SHA-256")
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("has compressed entries, which torch never writes")
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a hostile file makes of the parser
-        raise unusable(f"cannot be parsed: {str(error).splitlines()[0]}") from None
-    if not isinstance(state, dict) or not {"epoch", "net", "state_dict"} <= state.keys():
-        raise unusable("is not a checkpoint of an experiment: it lacks epoch, net or state_dict")
-    return state, digest.hexdigest()
-
-
-# --- the directory ----------------------------------------------------------------------------------------
 
 
 def read_status(model_dir: Path) -> str:

@@ -13,9 +13,10 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from process import log, run_main, set_logger
 from sweep.launchers import Local
 from sweep.study import check, plan, run, table, write
-from utils import OK, log, run_main, set_logger
+from utils import OK
 
 
 def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -11,9 +11,10 @@ import shlex
 import sys
 from pathlib import Path
 
+from process import run_main
 from report.collect import collect
 from report.tables import METRICS, create_frame, one_line, sort_rows, summary, to_csv, to_markdown
-from utils import OK, run_main, write_file
+from utils import OK, write_file
 
 
 def parse_args() -> argparse.Namespace:

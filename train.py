@@ -38,7 +38,8 @@ from model.nets import NETS
 from model.optim import create_optimizer, create_schedule
 from model.rng import derive_seed
 from model.teacher import FrozenTeacher, create_teacher
-from utils import OK, USAGE, EpochBar, Params, RunError, log, run_main, set_logger
+from process import EpochBar, log, run_main, set_logger
+from utils import OK, USAGE, Params, RunError
 
 
 def parse_args() -> argparse.Namespace:
@@ -180,6 +181,7 @@ def train(args: argparse.Namespace) -> int:
         log.info("%s is finished: %d epochs. Nothing to do; --restart begins anew.", model_dir, params.num_epochs)
         return OK
 
+    torch.manual_seed(derive_seed(params.seed, "loss"))
     loss = LOSSES.create(params.loss)
     teacher_state = teacher_sha = None
     if loss.needs_teacher:  # before any work: it may be missing

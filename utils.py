@@ -1,38 +1,24 @@
-"""The process and its files: params.json, JSON on disk, logging, signals, provenance, exit statuses.
+"""Files of an experiment directory, and the errors that end a script with one line.
 
-A thing belongs here only if it reads or writes a file of an experiment directory, or sets process-wide
-state once before training, and needs to know no network, loss or dataset. Nothing here imports torch, so
-that `search_hyperparams.py` and `synthesize_results.py` start at once.
+A thing belongs here only if it reads or writes such a file and needs to know no network, loss or dataset. Nothing here
+imports torch, so that `search_hyperparams.py` and `synthesize_results.py` start at once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import importlib.metadata
 import json
-import logging
 import math
 import os
-import platform
 import secrets
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
-
-from tqdm import tqdm
 
 OK, FAILED, USAGE, TEMPORARY = 0, 1, 2, 75  # exit statuses; 128 + n: stopped by signal n after saving
 MAX_JSON_BYTES = 1_000_000
-ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "SLURM_JOB_ID", "SLURM_RESTART_COUNT")
-
-log = logging.getLogger("kdlab")
 
 
 class RunError(Exception):
@@ -49,30 +35,6 @@ class RunError(Exception):
         super().__init__(message)
         self.reason = reason
         self.exit_status = exit_status
-
-
-def run_main(main: Callable[[], int]) -> None:
-    """Runs a script's `main` and exits with its status; errors that carry an `exit_status` are one line."""
-    status: int | None
-    try:
-        status = main()
-    except KeyboardInterrupt:
-        status = 128 + signal.SIGINT
-    except BrokenPipeError:  # `... | head`: the reader has gone, and has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = OK
-    except Exception as error:
-        status = getattr(error, "exit_status", None)
-        if not any(isinstance(handler, ConsoleHandler) for handler in log.handlers):  # set_logger has not run yet
-            if status is None:
-                raise
-            print(error, file=sys.stderr)
-        elif status is None:
-            status = FAILED
-            log.exception("a fault in the program, or in the machine:")
-        else:
-            log.error("%s", error)
-    sys.exit(status)
 
 
 # --- JSON and whole files ---------------------------------------------------------------------------------
@@ -192,6 +154,14 @@ def storage_error(error: OSError, path: Path, need: int = 0) -> RunError:
     return RunError(line, "storage", FAILED)
 
 
+def follow(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the records of a journal; a last line that is not finished yet is left out."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield json.loads(line)
+
+
 # --- params.json ------------------------------------------------------------------------------------------
 
 Resolve = Callable[[dict[str, Any]], tuple[dict[str, Any], list[tuple[str, str]]]]
@@ -308,157 +278,3 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str
         for key in sorted(before.keys() | after.keys())
         if before.get(key, absent) != after.get(key, absent)
     }
-
-
-# --- logging ----------------------------------------------------------------------------------------------
-
-
-class ConsoleHandler(logging.Handler):
-    """Writes lines above a progress bar; a closed standard output ends the lines, not the training."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(BrokenPipeError, ValueError):
-            tqdm.write(self.format(record), file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout)
-            sys.stdout.flush()
-
-
-def set_logger(path: Path | None = None, quiet: bool = False) -> None:
-    """Sends log lines, warnings included, to the console and appends them to a file.
-
-    Args:
-        path: The log file; None for the console alone.
-        quiet: Only warnings and errors go to the console.
-    """
-    logging.captureWarnings(True)
-    console = ConsoleHandler(logging.WARNING if quiet else logging.INFO)
-    handlers: list[logging.Handler] = [console]
-    if path is not None:
-        try:
-            file = logging.FileHandler(path, encoding="utf-8")
-        except OSError as error:
-            raise storage_error(error, path) from error
-        file.setFormatter(logging.Formatter("%(asctime)s:%(levelname)s: %(message)s"))
-        handlers.append(file)
-    for logger in (log, logging.getLogger("py.warnings")):
-        for old in logger.handlers[:]:  # a second run in one process must not log into the first one's file
-            logger.removeHandler(old)
-            old.close()
-        logger.handlers[:] = handlers
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
-
-
-class EpochBar:
-    """One line on the terminal for the epoch that runs, with images/s and time left; silent without a terminal.
-
-    Args:
-        label: Such as `epoch 3/30`.
-        total: Images in the epoch.
-        done: Images that an earlier attempt has done.
-        quiet: Show nothing.
-    """
-
-    def __init__(self, label: str, total: int, done: int, quiet: bool) -> None:
-        self._bar = tqdm(desc=label, total=total, initial=done, unit="img", disable=quiet or None, leave=False)
-        self._shown = time.monotonic()
-
-    def show(self, done: int, means: Callable[[], Mapping[str, float]]) -> None:
-        """Advances to `done` images; calls `means`, which waits for the device, at most once a second."""
-        self._bar.update(done - self._bar.n)
-        if not self._bar.disable and time.monotonic() - self._shown > 1:
-            self._bar.set_postfix({name: f"{value:.3f}" for name, value in means().items()})
-            self._shown = time.monotonic()
-
-    def close(self) -> None:
-        self._bar.close()
-
-
-# --- signals ----------------------------------------------------------------------------------------------
-
-
-class StopSignals:
-    """Remembers a signal to stop, so that the loop can save at its next step; a second one kills at once.
-
-    SIGINT and SIGTERM end with status 130 and 143; SIGHUP and SIGUSR1 (Slurm before its time limit) with 75.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-
-    def __enter__(self) -> StopSignals:
-        # Who ignores a signal, as nohup does SIGHUP for its command, shall go on ignoring it.
-        heeded = [s for s in self.SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
-        self._previous = {s: signal.signal(s, self._remember) for s in heeded}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, _: FrameType | None) -> None:
-        if self.received is not None:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.received = signal.Signals(number)
-
-    def error(self, done: str) -> RunError:
-        """Returns what ends the script after saving; `done` says how far it got."""
-        assert self.received is not None
-        ended = self.received in (signal.SIGINT, signal.SIGTERM)
-        status = 128 + self.received if ended else TEMPORARY
-        line = f"stopped by {self.received.name} {done}; the same command goes on from there"
-        return RunError(line, "signal" if ended else "preempted", status)
-
-
-# --- provenance -------------------------------------------------------------------------------------------
-
-PACKAGES = ("torch", "torchvision", "numpy", "pydantic", "tensorboardX")
-
-
-def provenance() -> dict[str, Any]:
-    """Returns what is known of this process: command, code, versions, machine. Works outside git too."""
-    return {
-        "argv": sys.argv,
-        "git": git_state(),
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "host": platform.node(),
-        "system": platform.platform(),
-        "processor": processor(),
-        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-        "pid": os.getpid(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def git_state() -> dict[str, Any] | None:
-    """Returns the commit of the code and whether files differ from it; None outside a repository."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def processor() -> str:
-    """Returns the processor's name and the number of cores this process may use."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores"
-
-
-def follow(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the records of a journal; a last line that is not finished yet is left out."""
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield json.loads(line)

@@ -23,7 +23,8 @@ from tabulate import tabulate
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utils import PACKAGES, provenance, read_json, write_file, write_json  # noqa: E402
+from process import PACKAGES, provenance  # noqa: E402
+from utils import read_json, write_file, write_json  # noqa: E402
 
 GROUPS = {
     "resnet20": ("ResNet-20 (the teacher's net)", "base_resnet20"),

@@ -122,7 +122,7 @@ class Learner:
         Raises:
             DivergedError: A weight is not finite: no such state may be kept.
         """
-        for name, value in [*self.student.named_parameters(), *self.loss.named_parameters()]:
+        for name, value in [*self.student.state_dict().items(), *self.loss.state_dict().items()]:
             if not torch.isfinite(value).all():
                 raise DivergedError(f"the weights of {name} are not finite; {LOWER}")
         return {
@@ -266,7 +266,7 @@ def evaluate(
         with its terms.
 
     Raises:
-        DivergedError: A logit is not finite (its argmax would be a plausible class).
+        DivergedError: The cross-entropy is not finite: with a NaN logit, argmax would still name a plausible class.
     """
     device = next(net.parameters()).device
     needs = loss.needs if loss else frozenset({"logits"})

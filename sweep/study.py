@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 import utils
 from experiment import read_status
+from process import StopSignals, log
 from sweep import launchers
 from sweep.space import Point, grid, name_points, read_space, show
-from utils import RunError, log, read_json
+from utils import RunError, read_json
 
 CHECKED_AT_ONCE = 1_000  # directories on one command line, which has a limit
 POLL_SECONDS = 0.1
@@ -155,7 +156,7 @@ def write(children: Sequence[Child]) -> None:
             utils.write_json(child.dir / "params.json", child.params)
 
 
-class Stop(utils.StopSignals):
+class Stop(StopSignals):
     """Counts the signals to stop: at the first the children save and end, at the second they are killed."""
 
     count = 0

@@ -8,26 +8,17 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # bits depend on it, and the runners are shared; also for scripts that tests start
 
 import logging
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from helpers import TINY, Ended, Script, merged
 
-from utils import run_main
-
-ROOT = Path(__file__).parent.parent
-
-
-def committed_files() -> list[str]:
-    """Returns the paths of the repository's files, as git lists them."""
-    command = ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-z"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
-    return [name for name in listed.decode().split("\0") if name and (ROOT / name).is_file()]
+from process import run_main
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -48,17 +39,6 @@ def fresh_loggers() -> Iterator[None]:
     logging.captureWarnings(False)
 
 
-class Ended(NamedTuple):
-    """How a script ended."""
-
-    status: int
-    out: str
-    err: str
-
-
-Script = Callable[..., Ended]
-
-
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
     """Runs a script's main in this process: `script(train, "--model_dir", path)`."""
@@ -75,30 +55,6 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     return run
 
 
-TINY: dict[str, Any] = {
-    "seed": 1,
-    "num_epochs": 2,
-    "dataset": {"name": "synthetic", "batch_size": 32, "augmentation": "crop_flip", "train_size": 160},
-    "student": {"name": "tiny", "width": 4, "dropout_rate": 0.2},
-    "optimizer": {"name": "adam", "learning_rate": 0.01},
-    "schedule": {"name": "cosine", "per": "iteration", "warmup_epochs": 0.5},
-    "precision": "fp32",
-}
-
-
-def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Returns `base` with sections updated and None meaning: leave the key out."""
-    result = json.loads(json.dumps(base))
-    for key, value in changes.items():
-        if value is None:
-            result.pop(key, None)
-        elif isinstance(value, dict) and isinstance(result.get(key), dict) and "name" not in value:
-            result[key] |= value
-        else:
-            result[key] = value
-    return result
-
-
 @pytest.fixture
 def make_experiment(tmp_path: Path) -> Callable[..., Path]:
     """Writes an experiment directory that trains in a second: `make_experiment("kd", teacher=..., loss=...)`."""
@@ -110,8 +66,3 @@ def make_experiment(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    """Returns every file below a folder with its content."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

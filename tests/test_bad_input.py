@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, Script, merged, snapshot
+from helpers import TINY, Make, Script, merged, snapshot
 from PIL import Image
 
 import evaluate
 import search_hyperparams
 import train
 
-Make = Callable[..., Path]
 KD = {"name": "kd", "alpha": 0.5, "temperature": 2.0}
 
 

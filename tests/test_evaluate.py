@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Script, snapshot
+from helpers import Make, Script, snapshot
 
 import evaluate
 import train
-from experiment import load_checkpoint
+from checkpoint import load_checkpoint
 
-Make = Callable[..., Path]
 KD = {"name": "kd", "alpha": 0.9, "temperature": 4.0}
 
 

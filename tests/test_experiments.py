@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Script, committed_files
+from helpers import ROOT, Script, committed_files
 
 import train
 from model import schema

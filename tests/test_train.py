@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Script, snapshot
+from helpers import Make, Script, snapshot
 
 import evaluate
 import experiment
 import train
-from experiment import load_checkpoint, read_journal, read_status
+from checkpoint import load_checkpoint
+from experiment import read_journal, read_status
 
-Make = Callable[..., Path]
 KD = {"name": "kd", "alpha": 0.9, "temperature": 4.0}
 
 

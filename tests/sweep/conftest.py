@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from process import log
 from sweep import launchers, study
-from utils import log
 
 PARAMS = {
     "num_epochs": 3,
