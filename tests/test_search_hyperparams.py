@@ -20,14 +20,14 @@ ROOT = Path(__file__).parent.parent
 WITH_STUB = f"""
 import pathlib, sys
 sys.path.insert(0, {str(ROOT)!r})
-import search_hyperparams, sweep.launchers, utils
+import process, search_hyperparams, sweep.launchers
 sweep.launchers.TRAIN = pathlib.Path({str(ROOT / "tests/sweep/stub_train.py")!r})
 def main():
     status = search_hyperparams.main()
     if "torch" in sys.modules:
         raise AssertionError("torch was imported")
     return status
-utils.run_main(main)
+process.run_main(main)
 """
 PARAMS: dict[str, Any] = {"num_epochs": 3, "loss": {"alpha": 0.9, "temperature": 4.0}, "stub": {"do": "ok"}}
 

@@ -78,15 +78,12 @@ def test_nets_that_take_one_size_of_image_say_which(architecture: str, size: int
         assert net.eval()(torch.empty(1, 3, size or 64, size or 64)).shape == (1, 7)
 
 
-def test_an_unknown_architecture_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(InputError, match="has no classifier 'resnet51'; did you mean"):
-        create("resnet51", 10)
-
-
-def test_a_net_of_torchvision_that_is_no_classifier_is_refused() -> None:
-    assert "fcn_resnet50" in models.list_models()
-    with pytest.raises(InputError, match="no classifier 'fcn_resnet50'"):
-        create("fcn_resnet50", 10)
+@pytest.mark.parametrize("name", ["resnet51", "fcn_resnet50", "", "detection/ssd300_vgg16"])
+def test_what_is_no_classifier_of_torchvision_is_refused_with_the_nearest_name(name: str) -> None:
+    _, [(key, text)] = NETS.resolve({"name": f"torchvision/{name}"})
+    assert key == "name"
+    assert f"unknown net 'torchvision/{name}'; " in text
+    assert ("did you mean 'resnet" in text) == ("resnet" in name)
 
 
 @pytest.mark.parametrize("architecture", ["shufflenet_v2_x0_5", "squeezenet1_1"])
