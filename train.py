@@ -8,7 +8,6 @@ stopped; on a finished directory it does nothing.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -81,16 +80,17 @@ def check(model_dirs: Sequence[Path], overrides: Sequence[str]) -> int:
     return USAGE if wrong else OK
 
 
-def train_teacher(teacher_dir: Path, args: argparse.Namespace) -> None:
-    """Trains a teacher that is not trained yet, in a process of its own, on the dataset that the student is given."""
+def train_teacher(teacher_dir: Path, args: argparse.Namespace, students: Sequence[Path]) -> None:
+    """Trains a teacher to its end, unless that is done, on the dataset that its student is given."""
     if not (teacher_dir / "params.json").is_file() or read_status(teacher_dir) == "completed":
         return
-    command = [sys.executable, __file__, "--model_dir", str(teacher_dir), "--device", args.device, "--train_teacher"]
+    if teacher_dir.resolve() in students:
+        raise RunError(f"teacher {teacher_dir} is taught by its own student; break the circle", "teacher")
+    log.info("first the teacher, %s", teacher_dir)
     shared = [override for override in args.overrides if override.startswith("dataset.")]
-    command += [*(["--quiet"] if args.quiet else []), *(["--overrides", *shared] if shared else [])]
-    status = subprocess.run(command).returncode
-    if status:
-        raise RunError(f"teacher {teacher_dir} was not trained to its end; the lines above say why", "teacher", status)
+    own = {"model_dir": [teacher_dir], "overrides": shared, "restart": False}
+    train(argparse.Namespace(**{**vars(args), **own}), students)
+    set_logger(quiet=args.quiet)  # the teacher's train.log ends here
 
 
 @dataclass
@@ -173,7 +173,8 @@ class Run:
         self.experiment.stop_if_asked(f"after {name}")
 
 
-def train(args: argparse.Namespace) -> int:
+def train(args: argparse.Namespace, students: Sequence[Path] = ()) -> int:
+    """Trains `args.model_dir`, whose own students, if it is trained as a teacher, are `students`."""
     model_dir = args.model_dir[0]
     params = load_params(model_dir, args.overrides)
     experiment = Experiment(model_dir)
@@ -187,7 +188,7 @@ def train(args: argparse.Namespace) -> int:
     if loss.needs_teacher:  # before any work: it may be missing
         teacher_dir = Path(params.teacher["model_dir"])
         if args.train_teacher:
-            train_teacher(teacher_dir, args)
+            train_teacher(teacher_dir, args, [*students, model_dir.resolve()])
         teacher_state, teacher_sha = load_teacher_checkpoint(teacher_dir, params.teacher["restore_file"])
 
     device = choose_device(args.device)

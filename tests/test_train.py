@@ -197,12 +197,38 @@ def test_train_teacher_trains_it_first_on_the_students_dataset(script: Script, m
     assert json.loads((teacher / "run.json").read_text())["params"]["dataset"]["train_size"] == 200
 
 
-def test_train_teacher_passes_on_the_teachers_own_failure(script: Script, make_experiment: Make) -> None:
+def test_a_teacher_trained_on_the_way_is_the_one_that_is_trained_alone(script: Script, make_experiment: Make) -> None:
+    alone, teacher = make_experiment("alone"), make_experiment("teacher")
+    student = make_experiment("student", teacher=str(teacher), loss=KD)
+    again = make_experiment("again", teacher=str(alone), loss=KD)
+    script(train, "--model_dir", alone)
+    script(train, "--model_dir", again)
+    assert script(train, "--model_dir", student, "--train_teacher").status == 0
+    assert states_equal(alone / "last.pth.tar", teacher / "last.pth.tar")
+    assert states_equal(again / "last.pth.tar", student / "last.pth.tar")
+    assert "val accuracy" not in (teacher / "train.log").read_text()  # that line is the student's
+
+
+def test_a_chain_of_teachers_is_trained_from_its_end_and_a_circle_is_refused(
+    script: Script, make_experiment: Make, tmp_path: Path
+) -> None:
+    last = make_experiment("c")
+    middle = make_experiment("b", teacher=str(last), loss=KD)
+    first = make_experiment("a", teacher=str(middle), loss=KD)
+    assert script(train, "--model_dir", first, "--train_teacher").status == 0
+    assert [read_status(folder) for folder in (first, middle, last)] == ["completed"] * 3
+    make_experiment("d", teacher=str(tmp_path / "e"), loss=KD)
+    ended = script(train, "--model_dir", make_experiment("e", teacher=str(tmp_path / "d"), loss=KD), "--train_teacher")
+    assert ended.status == 2
+    assert "break the circle" in ended.err
+
+
+def test_a_teachers_own_failure_ends_its_students_command(script: Script, make_experiment: Make) -> None:
     teacher = make_experiment("teacher", optimizer={"name": "adam", "learning_rate": -1})
     student = make_experiment("student", teacher=str(teacher), loss=KD)
     ended = script(train, "--model_dir", student, "--train_teacher")
     assert ended.status == 2
-    assert "was not trained to its end" in ended.err
+    assert ended.err == f"{teacher}/params.json: optimizer.learning_rate: -1 is not above 0.0\n"
     assert not (student / "run.json").exists()
 
 
