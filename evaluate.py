@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from experiment import load_teacher_checkpoint
 from model import data, metrics, nets, schema
 from model.engine import choose_device, choose_precision, evaluate, place
 from model.losses import LOSSES
+from model.losses.base import Loss
 from model.outputs import Batch, Outputs
 from model.teacher import FrozenTeacher, create_teacher
 from process import log, run_main, set_logger
@@ -72,12 +74,21 @@ def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) 
     write_file(path, text.getvalue().encode())
 
 
+def write_classes(folder: Path, stem: str, classes: Sequence[str], confusion: torch.Tensor) -> None:
+    """Writes the confusion matrix (rows: true classes) and the accuracy of each class."""
+    rows = zip(classes, confusion.tolist(), strict=True)
+    write_csv(folder / f"confusion_{stem}.csv", ["true", *classes], ([name, *row] for name, row in rows))
+    facts = zip(classes, confusion.sum(1).tolist(), confusion.diagonal().tolist(), strict=True)
+    accuracies = ((name, images, correct / images if images else "") for name, images, correct in facts)
+    write_csv(folder / f"per_class_{stem}.csv", ["class", "images", "accuracy"], accuracies)
+
+
 def main() -> int:
     args = parse_args()
     set_logger()
     path = args.model_dir / f"{args.restore_file}.pth.tar"
     if not path.exists():
-        command = f"python train.py --model_dir {args.model_dir}"
+        command = f"python train.py --model_dir {shlex.quote(str(args.model_dir))}"
         raise RunError(f"{path} does not exist; train it with: {command}, or name another --restore_file")
     state, sha = load_checkpoint(path)
     params = Params.check(state["params"], path, schema.resolve, args.overrides)
@@ -95,6 +106,11 @@ def main() -> int:
     teacher = load_teacher(params, state["net"])
     if teacher is not None:
         teacher = place(teacher, device)
+    loss: Loss | None = LOSSES.create(params.loss).to(device)
+    if loss is not None and loss.needs_teacher and teacher is None:
+        loss = None
+    if loss is not None:
+        loss.load_state_dict(state["loss_dict"])
 
     columns: dict[str, list[torch.Tensor]] = {"logits": [], "labels": [], "indices": [], "teacher_logits": []}
 
@@ -105,12 +121,7 @@ def main() -> int:
         if teacher_outputs is not None:
             columns["teacher_logits"].append(teacher_outputs.logits.cpu())
 
-    loss = LOSSES.create(params.loss).to(device)
-    loss.load_state_dict(state["loss_dict"])
-    if loss.needs_teacher and teacher is None:
-        loss = None
-    options = {"precision": precision, "loss": loss, "teacher": teacher, "after_batch": collect}
-    scores = evaluate(net, loader.plain(), **options)
+    scores = evaluate(net, loader.plain(), precision=precision, loss=loss, teacher=teacher, after_batch=collect)
     table = {name: torch.cat(parts) for name, parts in columns.items() if parts}
     scores["ece"] = metrics.expected_calibration_error(table["logits"], table["labels"])
     if teacher is not None:
@@ -118,21 +129,11 @@ def main() -> int:
     scores |= sizes(net, teacher, splits.shape)
     scores["checkpoint_bytes"] = path.stat().st_size
     origin = {"split": args.split, "images": len(table["labels"]), "epoch": state["epoch"], "selected_on": "val"}
+
     stem = f"{args.split}_{args.restore_file}_weights"
     write_json(args.model_dir / f"metrics_{stem}.json", {**scores, **origin, "checkpoint_sha256": sha})
-
     confusion = metrics.confusion_matrix(table["logits"].argmax(1), table["labels"], splits.num_classes)
-    write_csv(
-        args.model_dir / f"confusion_{stem}.csv",
-        ["true", *splits.classes],
-        ([name, *row] for name, row in zip(splits.classes, confusion.tolist(), strict=True)),
-    )
-    correct, totals = confusion.diagonal().tolist(), confusion.sum(1).tolist()
-    write_csv(
-        args.model_dir / f"per_class_{stem}.csv",
-        ["class", "images", "accuracy"],
-        ((name, n, c / n if n else "") for name, n, c in zip(splits.classes, totals, correct, strict=True)),
-    )
+    write_classes(args.model_dir, stem, splits.classes, confusion)
     if args.save_predictions:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **{name: column.numpy() for name, column in table.items()})  # type: ignore[arg-type]
