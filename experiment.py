@@ -44,6 +44,7 @@ from utils import (
 )
 
 LOCK_SECONDS = 5.0  # a killed run's lock is free at once; this covers one that is just ending
+MAX_ATTEMPTS = 100  # of a run, that run.json tells of: the last ones
 # Params that may differ between the attempts of one run: they say where things are or when to stop.
 # What they lead to, data and teacher, is compared by content.
 MAY_CHANGE = (
@@ -187,7 +188,7 @@ class Experiment:
                         path.unlink()
             run = self._read_run()
             self._refuse_other_params(run.get("params", {}), params)
-            state = self._load()
+            state = self._load(run.get("epoch", 0))
             self._identity = dict(identity)
             if state is not None:
                 self._refuse_other_inputs(state)
@@ -203,7 +204,7 @@ class Experiment:
                 "best": self.best,
                 "params": params.dict,
                 **{key: value for key, value in self._identity.items() if value is not None},
-                "attempts": [*run.get("attempts", []), started],
+                "attempts": [*run.get("attempts", [])[1 - MAX_ATTEMPTS :], started],
             }
             write_json(self.dir / "run.json", self._run)
             clock = self._saved = time.monotonic()
@@ -309,9 +310,13 @@ class Experiment:
                 line = f"{self.dir}: the {name} is not what this run began with; restore it, or --restart begins anew"
                 raise RunError(line, name)
 
-    def _load(self) -> dict[str, Any] | None:
+    def _load(self, epochs_done: int) -> dict[str, Any] | None:
         """Returns the newest usable state; None where there has never been one."""
         if not self.last.exists() and not self.prev.exists():
+            if epochs_done:
+                line = f"{self.dir}: {epochs_done} epochs are done but their checkpoint is gone"
+                way = "restore last.pth.tar from a copy, or --restart trains from the beginning"
+                raise RunError(f"{line}; {way}", "checkpoint", FAILED)
             return None
         try:
             return load_checkpoint(self.last)[0]

@@ -81,6 +81,28 @@ def test_two_damaged_checkpoints_end_the_run_instead_of_starting_anew(
     assert script(train, "--model_dir", cut, "--restart").status == 0
 
 
+def test_results_without_a_checkpoint_are_not_trained_over(script: Script, half_done: tuple[Path, Path]) -> None:
+    cut, _ = half_done
+    for name in ("last", "prev", "best"):
+        (cut / f"{name}.pth.tar").unlink()
+    before = snapshot(cut)
+    ended = script(train, "--model_dir", cut)
+    assert ended.status == 1
+    assert "3 epochs are done but their checkpoint is gone" in ended.err
+    assert snapshot(cut) == before
+
+
+def test_run_json_tells_of_the_last_hundred_attempts(script: Script, make_experiment: Make) -> None:
+    folder = make_experiment()
+    script(train, "--model_dir", folder, "--overrides", "num_epochs=1")
+    run = json.loads((folder / "run.json").read_text())
+    run["attempts"] = [run["attempts"][0] | {"pid": number} for number in range(150)]
+    (folder / "run.json").write_text(json.dumps(run))
+    script(train, "--model_dir", folder)
+    pids = [attempt["pid"] for attempt in json.loads((folder / "run.json").read_text())["attempts"]]
+    assert pids == [*range(51, 150), os.getpid()]
+
+
 def test_a_torn_line_in_the_journal_is_cut_off(script: Script, half_done: tuple[Path, Path]) -> None:
     cut, whole = half_done
     with (cut / "metrics.jsonl").open("ab") as file:
