@@ -86,6 +86,8 @@ def write_classes(folder: Path, stem: str, classes: Sequence[str], confusion: to
 def main() -> int:
     args = parse_args()
     set_logger()
+    if "/" in args.restore_file or args.restore_file.endswith(".pth.tar"):
+        raise RunError(f"--restore_file {args.restore_file}: name a checkpoint of the directory: best or last")
     path = args.model_dir / f"{args.restore_file}.pth.tar"
     if not path.exists():
         command = f"python train.py --model_dir {shlex.quote(str(args.model_dir))}"
@@ -94,6 +96,9 @@ def main() -> int:
     params = Params.check(state["params"], path, schema.resolve, args.overrides)
     device = choose_device(args.device)
     precision = choose_precision(params.precision, device)
+    for constant in ("mean", "std"):  # the net's own, whatever the images it is tried on
+        if f"dataset.{constant}" not in [override.partition("=")[0] for override in args.overrides]:
+            params.dataset[constant] = state["net"][constant]
     splits = data.create(params.dataset, seed=params.seed, device=device)
     loader = {"test": splits.test, "val": splits.val, "train": splits.train}[args.split]
     if loader is None:
@@ -102,6 +107,11 @@ def main() -> int:
         raise RunError(
             f"{path}: trained on other classes than the dataset's; give the dataset it was trained on", "data"
         )
+    if args.split != "test" and splits.fingerprint != state["identity"]["data"]:
+        line = f"{path}: these are not the {args.split} images that the run had"
+        raise RunError(f"{line}; restore them, or score --split test", "data")
+    if list(splits.shape) != state["net"]["shape"]:
+        raise RunError(f"{path}: trained on images of {state['net']['shape']}, not of {list(splits.shape)}", "data")
     net = place(nets.restore(state, str(path)), device)
     teacher = load_teacher(params, state["net"])
     if teacher is not None:
@@ -128,7 +138,13 @@ def main() -> int:
         scores |= metrics.agreement(table["logits"], table["teacher_logits"])
     scores |= sizes(net, teacher, splits.shape)
     scores["checkpoint_bytes"] = path.stat().st_size
-    origin = {"split": args.split, "images": len(table["labels"]), "epoch": state["epoch"], "selected_on": "val"}
+    origin = {
+        "split": args.split,
+        "images": len(table["labels"]),
+        "epoch": state["epoch"],
+        "selected_on": "val" if args.restore_file == "best" else "nothing",
+        "overrides": args.overrides,
+    }
 
     stem = f"{args.split}_{args.restore_file}_weights"
     write_json(args.model_dir / f"metrics_{stem}.json", {**scores, **origin, "checkpoint_sha256": sha})

@@ -16,6 +16,7 @@ goes on from last.pth.tar, cuts the journal to the length that it records and re
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
@@ -36,7 +37,6 @@ from utils import (
     Params,
     RunError,
     differences,
-    follow,
     link_file,
     read_json,
     storage_error,
@@ -80,25 +80,22 @@ def read_status(model_dir: Path) -> str:
 
 
 def is_locked(model_dir: Path) -> bool:
-    """Tells whether a live process holds the directory."""
-    path = model_dir / ".lock"
-    if not path.exists():
-        return False
+    """Tells whether a live process holds the directory; needs no permission to write there."""
     try:
-        with FileLock(path, timeout=0):
-            return False
-    except (Timeout, OSError):
+        with (model_dir / ".lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go at once, by closing
+    except BlockingIOError:
         return True
+    except OSError:
+        return False
+    return False
 
 
-def load_teacher_checkpoint(teacher_dir: Path, restore_file: str) -> tuple[dict[str, Any], str]:
-    """Reads the checkpoint of a teacher, an experiment directory whose training has ended.
-
-    Returns:
-        The state and its SHA-256.
+def find_teacher(teacher_dir: Path, restore_file: str) -> Path:
+    """Returns the checkpoint of a teacher, an experiment directory whose training has ended.
 
     Raises:
-        RunError: Reason `teacher`: it is missing, not trained to its end, or damaged; with the command to run.
+        RunError: Reason `teacher`: it is missing or not trained to its end; with the command to run.
     """
     command = f"python train.py --model_dir {shlex.quote(str(teacher_dir))}"
     if not (teacher_dir / "params.json").is_file():
@@ -110,12 +107,29 @@ def load_teacher_checkpoint(teacher_dir: Path, restore_file: str) -> tuple[dict[
         raise RunError(line, "teacher")
     path = teacher_dir / f"{restore_file}.pth.tar"
     if not path.exists():
-        line = f"teacher {teacher_dir} has no {path.name}; train it with: {command} (or add --train_teacher)"
-        raise RunError(line, "teacher")
+        way = f"{command} --restart" if status == "completed" else f"{command} (or add --train_teacher)"
+        raise RunError(f"teacher {teacher_dir} has no {path.name}; train it with: {way}", "teacher")
+    return path
+
+
+def load_teacher_checkpoint(teacher_dir: Path, restore_file: str) -> tuple[dict[str, Any], str]:
+    """Reads the checkpoint that `find_teacher` finds.
+
+    Returns:
+        The state and its SHA-256.
+
+    Raises:
+        RunError: As `find_teacher`; or it is damaged, or was saved in the middle of an epoch.
+    """
+    path = find_teacher(teacher_dir, restore_file)
+    command = f"python train.py --model_dir {shlex.quote(str(teacher_dir))} --restart"
     try:
-        return load_checkpoint(path)
+        state, sha = load_checkpoint(path)
     except RunError as error:
-        raise RunError(f"teacher {error}; train it again with: {command} --restart", "teacher") from None
+        raise RunError(f"teacher {error}; train it again with: {command}", "teacher") from None
+    if state["step"]:
+        raise RunError(f"teacher {path} was saved in the middle of an epoch; name its best, or train it on", "teacher")
+    return state, sha
 
 
 class Experiment:
@@ -150,8 +164,9 @@ class Experiment:
         run = self._read_run()
         if not run:
             return False
-        self._refuse_other_params(run.get("params", {}), params)
-        return run.get("status") == "completed" and run.get("epoch", 0) >= params.num_epochs
+        self._refuse_other_params(run, params)
+        done = run.get("status") == "completed" and run.get("epoch", 0) >= params.num_epochs
+        return done and self.best_file.exists()
 
     @contextlib.contextmanager
     def attempt(
@@ -187,13 +202,16 @@ class Experiment:
                     for path in self.dir.glob(pattern):
                         path.unlink()
             run = self._read_run()
-            self._refuse_other_params(run.get("params", {}), params)
+            self._refuse_other_params(run, params)
             state = self._load(run.get("epoch", 0))
             self._identity = dict(identity)
             if state is not None:
+                self._refuse_other_params(state, params)  # run.json may be gone
                 self._refuse_other_inputs(state)
-            self.best = self._restore_best(state)
             self._cut_journal(0 if state is None else state["journal_bytes"])
+            self.best = self._restore_best(state)
+            if state is not None and state["step"] == 0:
+                self._write_metrics(state["metrics"])
             started = {**provenance(), **details, "from_epoch": state["epoch"] if state else 0}
             self._run = {
                 "status": "running",
@@ -295,10 +313,19 @@ class Experiment:
 
     def _read_run(self) -> dict[str, Any]:
         path = self.dir / "run.json"
-        return read_json(path) if path.exists() else {}
+        run = read_json(path) if path.exists() else {}
+        if not all(isinstance(run.get(key, empty), type(empty)) for key, empty in (("attempts", []), ("params", {}))):
+            raise RunError(
+                f"{path}: not of the shape that train.py writes; --restart begins anew", "checkpoint", FAILED
+            )
+        return run
 
     def _refuse_other_params(self, old: Mapping[str, Any], params: Params) -> None:
-        changes = {k: v for k, v in differences(old, params.dict).items() if k not in MAY_CHANGE} if old else {}
+        """Refuses params that differ from those of a run.json or a checkpoint, if any epoch stands behind it."""
+        if not old or not (old.get("epoch") or self.last.exists()):
+            return
+        found = differences(old.get("params", {}), params.dict)
+        changes = {key: change for key, change in found.items() if key not in MAY_CHANGE}
         if changes:
             listed = "; ".join(f"{key}: {change}" for key, change in changes.items())
             way = "--restart begins anew (and removes its results); or use another directory"
@@ -348,20 +375,20 @@ class Experiment:
             link_file(self.last, self.best_file)
             held = best
         # What the file holds is what counts: it may be of an epoch that is done again after damage to last.
-        self.best = held
-        if state["step"] == 0:
-            self._write_metrics(state["metrics"])
         return held
 
     def _write_metrics(self, val: Mapping[str, Any]) -> None:
-        write_json(self.dir / "metrics_val_last_weights.json", val)
+        write_json(self.dir / "metrics_val_last_weights.json", {**val, "selected_on": "nothing"})
         if self.best is not None:
-            write_json(self.dir / "metrics_val_best_weights.json", self.best)
+            write_json(self.dir / "metrics_val_best_weights.json", {**self.best, "selected_on": "val"})
 
     def _journal_size(self) -> int:
         return self.journal.stat().st_size if self.journal.exists() else 0
 
     def _cut_journal(self, size: int) -> None:
+        if self._journal_size() < size:
+            way = "restore it from a copy, or --restart trains from the beginning"
+            raise RunError(f"{self.journal}: shorter than its checkpoint says; {way}", "checkpoint", FAILED)
         if self._journal_size() > size:
             os.truncate(self.journal, size)
 
@@ -406,8 +433,3 @@ class Experiment:
         for name, value in scalars.items():
             self._board.add_scalar(name, value, epoch)
         self._board.flush()
-
-
-def read_journal(model_dir: Path) -> list[dict[str, Any]]:
-    """Returns the records of the epochs done so far, in order."""
-    return list(follow(model_dir / "metrics.jsonl"))

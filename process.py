@@ -105,9 +105,12 @@ class EpochBar:
         self._shown = time.monotonic()
 
     def show(self, done: int, means: Callable[[], Mapping[str, float]]) -> None:
-        """Advances to `done` images; calls `means`, which waits for the device, at most once a second."""
+        """Advances to `done` images; calls `means`, which waits for the device, once a second.
+
+        It does so without a terminal too: `means` raises when training has diverged, and that shall not wait.
+        """
         self._bar.update(done - self._bar.n)
-        if not self._bar.disable and time.monotonic() - self._shown > 1:
+        if time.monotonic() - self._shown > 1:
             self._bar.set_postfix({name: f"{value:.3f}" for name, value in means().items()})
             self._shown = time.monotonic()
 

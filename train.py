@@ -8,9 +8,10 @@ stopped; on a finished directory it does nothing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from experiment import Experiment, load_teacher_checkpoint, read_status
 from model import data, schema
+from model.data import DATASETS
 from model.engine import (
     Learner,
     Totals,
@@ -31,14 +33,16 @@ from model.engine import (
     place,
     train_epoch,
 )
+from model.errors import InputError
 from model.losses import LOSSES
 from model.metrics import count_parameters
 from model.nets import NETS
 from model.optim import create_optimizer, create_schedule
+from model.registry import options_of
 from model.rng import derive_seed
 from model.teacher import FrozenTeacher, create_teacher
 from process import EpochBar, log, run_main, set_logger
-from utils import OK, USAGE, Params, RunError
+from utils import OK, USAGE, Params, RunError, apply_overrides, full_key, read_json
 
 
 def parse_args() -> argparse.Namespace:
@@ -86,8 +90,19 @@ def train_teacher(teacher_dir: Path, args: argparse.Namespace, students: Sequenc
         return
     if teacher_dir.resolve() in students:
         raise RunError(f"teacher {teacher_dir} is taught by its own student; break the circle", "teacher")
+    student = args.model_dir[0]
+    taught, teaching = (read_json(folder / "params.json") for folder in (student, teacher_dir))
+    # Which images, and where they are; how many of them and in what batches is the teacher's own affair.
+    keys = [(full_key(taught, text.partition("=")[0]), text.partition("=")[2]) for text in args.overrides]
+    own_affair = {f"dataset.{key}" for key in options_of(DATASETS.common)} if DATASETS.common else set()
+    shared = [f"{key}={text}" for key, text in keys if key.startswith("dataset.") and key not in own_affair]
+    for raw in (taught, teaching):
+        apply_overrides(raw, shared)
+    names = [raw.get("dataset", {}).get("name") for raw in (teaching, taught)]
+    if names[0] != names[1]:
+        line = f"teacher {teacher_dir} is on dataset {names[0]!r}, its student {student} on {names[1]!r}"
+        raise RunError(f"{line}; name the same dataset in both", "teacher")
     log.info("first the teacher, %s", teacher_dir)
-    shared = [override for override in args.overrides if override.startswith("dataset.")]
     own = {"model_dir": [teacher_dir], "overrides": shared, "restart": False}
     train(argparse.Namespace(**{**vars(args), **own}), students)
     set_logger(quiet=args.quiet)  # the teacher's train.log ends here
@@ -149,7 +164,9 @@ class Run:
             totals=totals,
             after_step=after_step,
         )
-        speed = (totals.samples - done) / (time.monotonic() - started)
+        progress = {}
+        if totals.samples > done:  # not when only validation was left
+            progress["images_per_second"] = (totals.samples - done) / (time.monotonic() - started)
         bar.close()
         val_metrics = evaluate(
             self.learner.student,
@@ -163,14 +180,24 @@ class Run:
         rate = self.learner.optimizer.param_groups[0]["lr"]
         record = {"epoch": epoch + 1, "learning_rate": rate, "train": train_metrics, "val": val_metrics}
         state = self.snapshot(epoch + 1, Totals(self.learner.device))
-        is_best = self.experiment.record(state, record, {"images_per_second": speed, "epoch_seconds": seconds})
+        is_best = self.experiment.record(state, record, {**progress, "epoch_seconds": seconds})
         left = tqdm.format_interval((self.params.num_epochs - epoch - 1) * seconds)
         log.info(
             "Epoch %d/%d: train loss %.4f accuracy %.4f; val loss %.4f accuracy %.4f%s; %.0f images/s, %s left",
             *(epoch + 1, self.params.num_epochs, train_metrics["loss"], train_metrics["accuracy"]),
-            *(val_metrics["loss"], val_metrics["accuracy"], " (best)" if is_best else "", speed, left),
+            *(val_metrics["loss"], val_metrics["accuracy"], " (best)" if is_best else ""),
+            *(progress.get("images_per_second", 0), left),
         )
         self.experiment.stop_if_asked(f"after {name}")
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts the file in front of what is found wrong with the options that it holds."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}", error.reason) from error
 
 
 def train(args: argparse.Namespace, students: Sequence[Path] = ()) -> int:
@@ -193,11 +220,12 @@ def train(args: argparse.Namespace, students: Sequence[Path] = ()) -> int:
 
     device = choose_device(args.device)
     precision = choose_precision(params.precision, device)
-    splits = data.create(params.dataset, seed=params.seed, device=device)
+    with naming(model_dir / "params.json"):
+        splits = data.create(params.dataset, seed=params.seed, device=device)
+        torch.manual_seed(derive_seed(params.seed, "init"))
+        student = place(NETS.create(params.student, splits.num_classes), device)
+        check_input(student, params.student["name"], splits.shape)
     net_record = {"section": params.student, **splits.facts()}
-    torch.manual_seed(derive_seed(params.seed, "init"))
-    student = place(NETS.create(params.student, splits.num_classes), device)
-    check_input(student, params.student["name"], splits.shape)
     teacher = None
     if teacher_state is not None:
         teacher = place(create_teacher(teacher_state, f"teacher {teacher_dir}", net_record), device)
@@ -213,7 +241,7 @@ def train(args: argparse.Namespace, students: Sequence[Path] = ()) -> int:
     with experiment.attempt(params, identity, restart=args.restart, **machine, overrides=args.overrides) as state:
         set_logger(model_dir / "train.log", args.quiet)
         log.info("%s: %s", model_dir, ", ".join(f"{key} {value}" for key, value in machine.items()))
-        log.info("%s", splits.describe())
+        log.info("%s", splits.summary)
         log.info("student %s: %s parameters", params.student["name"], f"{count_parameters(student):,}")
         log.info("loss: %s", loss.describe())
         if teacher is not None and teacher_state is not None:

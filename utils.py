@@ -13,7 +13,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -154,14 +154,6 @@ def storage_error(error: OSError, path: Path, need: int = 0) -> RunError:
     return RunError(line, "storage", FAILED)
 
 
-def follow(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the records of a journal; a last line that is not finished yet is left out."""
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield json.loads(line)
-
-
 # --- params.json ------------------------------------------------------------------------------------------
 
 Resolve = Callable[[dict[str, Any]], tuple[dict[str, Any], list[tuple[str, str]]]]
@@ -224,6 +216,8 @@ def apply_overrides(raw: dict[str, Any], overrides: Iterable[str]) -> list[str]:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise RunError(f"--overrides: {override!r} is not key=value, such as loss.alpha=0.5")
+        if key.startswith("teacher.") and isinstance(raw.get("teacher"), str):
+            raw["teacher"] = {"model_dir": raw["teacher"]}
         key = full_key(raw, key)
         try:
             value = json.loads(text, object_pairs_hook=_once, parse_constant=_number, parse_float=_number)

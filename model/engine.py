@@ -37,6 +37,8 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("known are cpu, cuda and mps")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ImportError) as error:
         why = str(error).splitlines()[0]
@@ -63,8 +65,9 @@ def choose_precision(name: str, device: torch.device) -> str:
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    capable = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if capable else "fp32"
+    # Not public, so it may go: then bf16 is to be asked for by name.
+    capable = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return "bf16" if device.type == "cpu" and capable() else "fp32"
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -156,14 +159,13 @@ class Totals:
         self.samples = 0
         self.steps = 0
 
-    def add(self, values: dict[str, Tensor], samples: int) -> None:
-        """Adds means over a batch of `samples`."""
+    def add(self, counts: Mapping[str, Tensor], means: Mapping[str, Tensor], samples: int) -> None:
+        """Adds a batch of `samples`: counts of samples, which stay whole numbers, and means over them."""
+        # MPS has no float64.
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        values = {**{k: v.to(dtype) for k, v in counts.items()}, **{k: v.to(dtype) * samples for k, v in means.items()}}
         for name, value in values.items():
-            if name not in self.sums:
-                # MPS has no float64.
-                dtype = torch.float32 if self.device.type == "mps" else torch.float64
-                self.sums[name] = torch.zeros((), dtype=dtype, device=self.device)
-            self.sums[name] += value.detach() * samples
+            self.sums[name] = self.sums[name] + value.detach() if name in self.sums else value.detach()
         self.samples += samples
         self.steps += 1
 
@@ -235,8 +237,8 @@ def train_epoch(
         learner.scaler.scale(total).backward()
         learner.scaler.step(learner.optimizer)
         learner.scaler.update()
-        correct = (student_outputs.logits.argmax(1) == batch.labels).float().mean()
-        totals.add({"loss": total, **terms, "accuracy": correct}, len(batch.labels))
+        hits = (student_outputs.logits.argmax(1) == batch.labels).sum()
+        totals.add({"accuracy": hits}, {"loss": total, **terms}, len(batch.labels))
         after_step()
     return totals.means()
 
@@ -276,22 +278,21 @@ def evaluate(
             with autocast(precision, device):
                 outputs = outputs_of(net, batch.images, needs)
                 teacher_outputs = None if teacher is None else outputs_of(teacher, batch.images, needs)
-            values = scores(outputs.logits, batch.labels)
+            means = {"cross_entropy": F.cross_entropy(outputs.logits, batch.labels)}
             if loss is not None:
                 terms = loss(outputs, teacher_outputs, batch)
-                values |= {"loss": torch.stack(list(terms.values())).sum(), **terms}
-            totals.add(values, len(batch.labels))
+                means |= {"loss": torch.stack(list(terms.values())).sum(), **terms}
+            totals.add(correct(outputs.logits, batch.labels), means, len(batch.labels))
             after_batch(batch, outputs, teacher_outputs)
     return totals.means()
 
 
-def scores(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Returns top-1 and top-5 accuracy in [0, 1] and the cross-entropy of logits `(N, C)`, each a scalar."""
-    values = {"accuracy": (logits.argmax(1) == labels).float().mean()}
+def correct(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Returns how many samples have their label as the first choice and, with over 5 classes, among the first 5."""
+    counts = {"accuracy": (logits.argmax(1) == labels).sum()}
     if logits.shape[1] > 5:
-        values["accuracy_top5"] = (logits.topk(5, dim=1).indices == labels[:, None]).any(1).float().mean()
-    values["cross_entropy"] = F.cross_entropy(logits, labels)
-    return values
+        counts["accuracy_top5"] = (logits.topk(5, dim=1).indices == labels[:, None]).sum()
+    return counts
 
 
 @contextlib.contextmanager

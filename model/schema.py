@@ -80,6 +80,8 @@ def resolve(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     problems += found
     for key, registry in SECTIONS.items():
         section = raw.get(key, DEFAULTS.get(key))
+        if isinstance(section, Mapping) and "name" not in section:  # an option of the default, by an override say
+            section = {**DEFAULTS.get(key, {}), **section}
         if section is None:
             problems.append((key, f'is missing; add "{key}": {{"name": ...}} ({suggest("", registry)})'))
             continue

@@ -88,10 +88,16 @@ def read_row(folder: Path, files: list[str]) -> Row:
                 metrics[f"{source}.{key}"] = value
             elif key in NUMBERS and value is not None:
                 faults.append(f"{name}: {key} is not a number")
+    status = describe(state, run)
+    for which in ("best", "last"):
+        tested, validated = metrics.get(f"test_{which}.epoch"), metrics.get(f"val_{which}.epoch")
+        if tested is not None and tested != validated:  # trained on since: these are other weights' scores
+            metrics = {key: value for key, value in metrics.items() if not key.startswith(f"test_{which}.")}
+            status += f"; the {which} weights are not evaluated since epoch {tested:g}"
     faults = [fault[:MAX_FAULT] for fault in faults]
     if faults:
         return Row(str(folder), "unreadable", f"unreadable: {faults[0]}", options, written, metrics, faults)
-    return Row(str(folder), state, describe(state, run), options, written, metrics, [])
+    return Row(str(folder), state, status, options, written, metrics, [])
 
 
 def read_options(raw: dict[str, Any], run: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import os
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import utils
-from experiment import read_status
+from experiment import MAY_CHANGE, find_teacher, read_status
 from process import StopSignals, log
 from sweep import launchers
 from sweep.space import Point, grid, name_points, read_space, show
@@ -106,7 +107,8 @@ def plan(parent: Path, overrides: Sequence[str] = ()) -> list[Child]:
             utils.set_option(child.params, key, value)
         children.append(child)
         existing = child.dir / "params.json"
-        if existing.exists() and (changes := utils.differences(read_json(existing), child.params)):
+        found = utils.differences(read_json(existing), child.params) if existing.exists() else {}
+        if changes := {key: change for key, change in found.items() if key not in MAY_CHANGE}:
             listed = "; ".join(f"{key}: {change}" for key, change in changes.items())
             way = "remove that directory or undo the change"
             problems.append(f"{existing} is not what the search asks for ({listed}); {way}")
@@ -145,15 +147,25 @@ def check(children: Sequence[Child]) -> None:
         raise RunError("\n".join(lines).replace(temporary, str(children[0].dir.parent)), "params")
 
 
+def check_teachers(children: Sequence[Child]) -> None:
+    """Raises if a teacher that children name is not there, or not trained: each of them would only find it too."""
+    for teacher in {json.dumps(child.params.get("teacher"), sort_keys=True) for child in children}:
+        section = json.loads(teacher)
+        if section is not None:
+            section = {"model_dir": section} if isinstance(section, str) else section
+            find_teacher(Path(section["model_dir"]), section.get("restore_file", "best"))
+
+
 def write(children: Sequence[Child]) -> None:
-    """Makes the directories that do not exist yet."""
+    """Makes the directories that do not exist yet, and tells those that do if they have more epochs to train."""
     for child in children:
-        if not (child.dir / "params.json").exists():
+        path = child.dir / "params.json"
+        if not path.exists() or read_json(path) != child.params:
             try:
                 child.dir.mkdir(exist_ok=True)
             except OSError as error:
                 raise utils.storage_error(error, child.dir) from error
-            utils.write_json(child.dir / "params.json", child.params)
+            utils.write_json(path, child.params)
 
 
 class Stop(StopSignals):

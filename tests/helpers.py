@@ -56,3 +56,10 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Returns every file below a folder with its content."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def read_journal(folder: Path) -> list[dict[str, Any]]:
+    """Returns the records of metrics.jsonl; a last line that is not finished yet is left out."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]

@@ -48,7 +48,7 @@ def refused(script: Script, folder: Path, *arguments: Any, tree: Path | None = N
         ({"loss": KD | {"alpha": 1.4}, "teacher": "t"}, "loss.alpha", "1.4 is above 1"),
         ({"loss": KD | {"temperature": 0}, "teacher": "t"}, "loss.temperature", "0 is not above 0"),
         ({"student": {"dropout_rate": 1}}, "student.dropout_rate", "is not below 1"),
-        ({"dataset": {"batch_size": 0}}, "dataset.batch_size", "0 is below 1"),
+        ({"dataset": {"batch_size": 1}}, "dataset.batch_size", "1 is below 2"),
         ({"dataset": {"subset_fraction": 0}}, "dataset.subset_fraction", "0 is not above 0"),
         ({"dataset": {"augmentation": "mixup"}}, "dataset.augmentation", "'mixup' is not one of"),
         ({"precision": "fp8"}, "precision", "'fp8' is not one of"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from helpers import Make, Script, snapshot
 import evaluate
 import train
 from checkpoint import load_checkpoint
+from model import data
 
 KD = {"name": "kd", "alpha": 0.9, "temperature": 4.0}
 
@@ -58,11 +60,11 @@ def test_the_metrics_file_says_which_split_and_checkpoint_and_how_it_was_selecte
     script: Script, pair: tuple[Path, Path]
 ) -> None:
     _, student = pair
-    for which in ("best", "last"):
+    for which, selected in (("best", "val"), ("last", "nothing")):
         assert script(evaluate, "--model_dir", student, "--restore_file", which).status == 0
         scores = json.loads((student / f"metrics_test_{which}_weights.json").read_text())
         state, sha = load_checkpoint(student / f"{which}.pth.tar")
-        assert (scores["split"], scores["selected_on"], scores["epoch"]) == ("test", "val", state["epoch"])
+        assert (scores["split"], scores["selected_on"], scores["epoch"]) == ("test", selected, state["epoch"])
         assert scores["checkpoint_sha256"] == sha
 
 
@@ -148,6 +150,40 @@ def test_an_evaluation_changes_nothing_but_its_own_files(script: Script, pair: t
         "confusion_test_best_weights.csv",
         "per_class_test_best_weights.csv",
     }
+
+
+def test_images_are_normalised_as_the_net_was_trained(script: Script, make_experiment: Make) -> None:
+    """On other images than the run's, the net's own mean and std count, not those of the other training set."""
+    folder = make_experiment(num_epochs=4)
+    script(train, "--model_dir", folder)
+    here = data.create
+    seen = []
+
+    def create(section: dict[str, Any], **options: Any) -> data.Data:
+        made = here(section, **options)
+        seen.append((list(made.mean), list(made.std)))
+        return made
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(data, "create", create)
+        ended = script(evaluate, "--model_dir", folder, "--overrides", "dataset.noise=0.9", "dataset.data_seed=5")
+    assert ended.status == 0
+    net = load_checkpoint(folder / "best.pth.tar")[0]["net"]
+    assert seen == [(net["mean"], net["std"])]
+    scores = json.loads((folder / "metrics_test_best_weights.json").read_text())
+    assert scores["overrides"] == ["dataset.noise=0.9", "dataset.data_seed=5"]
+
+
+def test_another_validation_split_than_the_runs_is_refused(script: Script, make_experiment: Make) -> None:
+    folder = make_experiment()
+    script(train, "--model_dir", folder)
+    before = snapshot(folder)
+    ended = script(evaluate, "--model_dir", folder, "--split", "val", "--overrides", "dataset.val_fraction=0.5")
+    assert ended.status == 2
+    assert "these are not the val images that the run had" in ended.err
+    for name in ("../run/best", "best.pth.tar"):
+        assert "name a checkpoint" in script(evaluate, "--model_dir", folder, "--restore_file", name).err
+    assert snapshot(folder) == before
 
 
 def test_overrides_that_made_the_run_are_remembered(script: Script, make_experiment: Make) -> None:

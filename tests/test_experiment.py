@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import errno
+import fcntl
 import json
 import os
 import random
@@ -18,14 +19,14 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
-from helpers import ROOT, Make, Script, snapshot
+from helpers import ROOT, Make, Script, read_journal, snapshot
 from test_train import states_equal
 
 import experiment
 import train
 import utils
 from checkpoint import load_checkpoint
-from experiment import Experiment, is_locked, read_journal, read_status
+from experiment import Experiment, is_locked, read_status
 from utils import Params, RunError
 
 STATE = {"epoch": 3, "step": 0, "net": {"section": {"name": "tiny"}}, "state_dict": {"weight": torch.arange(300.0)}}
@@ -79,6 +80,32 @@ def test_two_damaged_checkpoints_end_the_run_instead_of_starting_anew(
     assert "--restart trains from the beginning" in ended.err
     assert snapshot(cut) == before
     assert script(train, "--model_dir", cut, "--restart").status == 0
+
+
+def test_params_are_compared_with_the_checkpoint_too(script: Script, half_done: tuple[Path, Path]) -> None:
+    cut, whole = half_done
+    (cut / "run.json").unlink()
+    ended = script(train, "--model_dir", cut, "--overrides", "batch_size=16")
+    assert ended.status == 2
+    assert "dataset.batch_size: 32 -> 16" in ended.err
+    assert script(train, "--model_dir", cut).status == 0
+    assert same_result(cut, whole)
+
+
+def test_a_journal_that_lost_epochs_is_not_continued(script: Script, half_done: tuple[Path, Path]) -> None:
+    cut, _ = half_done
+    (cut / "metrics.jsonl").write_bytes((cut / "metrics.jsonl").read_bytes()[:-5])
+    ended = script(train, "--model_dir", cut)
+    assert ended.status == 1
+    assert "metrics.jsonl: shorter than its checkpoint says" in ended.err
+
+
+def test_a_run_json_of_another_shape_is_one_line(script: Script, half_done: tuple[Path, Path]) -> None:
+    cut, _ = half_done
+    (cut / "run.json").write_text('{"attempts": 5}')
+    ended = script(train, "--model_dir", cut)
+    assert ended.status == 1
+    assert "not of the shape that train.py writes" in ended.err
 
 
 def test_results_without_a_checkpoint_are_not_trained_over(script: Script, half_done: tuple[Path, Path]) -> None:
@@ -344,6 +371,18 @@ def test_states_are_told_apart(script: Script, make_experiment: Make) -> None:
     assert read_status(folder) == "stale"  # nobody holds the lock
     with FileLock(folder / ".lock"):
         assert read_status(folder) == "running"
+
+
+def test_whether_a_run_lives_is_seen_without_permission_to_write(make_experiment: Make) -> None:
+    folder = make_experiment()
+    (folder / ".lock").touch(mode=0o444)
+    opened = os.open(folder / ".lock", os.O_RDONLY)
+    try:
+        assert not is_locked(folder)
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        assert is_locked(folder)
+    finally:
+        os.close(opened)
 
 
 def test_readers_never_find_half_a_file(make_experiment: Make) -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Make, Script, snapshot
+from helpers import Make, Script, read_journal, snapshot
 
 import evaluate
 import experiment
 import train
 from checkpoint import load_checkpoint
-from experiment import read_journal, read_status
+from experiment import read_status
 
 KD = {"name": "kd", "alpha": 0.9, "temperature": 4.0}
 
@@ -49,10 +49,12 @@ def test_a_run_leaves_checkpoints_metrics_and_logs_beside_its_params(script: Scr
     journal = read_journal(folder)
     assert [record["epoch"] for record in journal] == [1, 2, 3]
     best = max(journal, key=lambda r: r["val"]["accuracy"])  # the first of equals
-    assert json.loads((folder / "metrics_val_best_weights.json").read_text()) == best["val"] | {"epoch": best["epoch"]}
+    written = {
+        which: json.loads((folder / f"metrics_val_{which}_weights.json").read_text()) for which in ("best", "last")
+    }
+    assert written["best"] == best["val"] | {"epoch": best["epoch"], "selected_on": "val"}
+    assert written["last"] == journal[-1]["val"] | {"epoch": 3, "selected_on": "nothing"}
     assert load_checkpoint(folder / "best.pth.tar")[0]["epoch"] == best["epoch"]
-    last = json.loads((folder / "metrics_val_last_weights.json").read_text())
-    assert last == journal[-1]["val"] | {"epoch": 3}
     run = json.loads((folder / "run.json").read_text())
     assert run["status"] == "completed"
     assert run["params"]["dataset"]["val_fraction"] == 0.1  # what was resolved, defaults too
@@ -168,6 +170,31 @@ def test_overrides_and_seed_reach_the_run_but_not_the_file(script: Script, make_
     assert (folder / "params.json").read_bytes() == before
 
 
+def test_a_run_that_failed_before_its_first_checkpoint_may_be_corrected(script: Script, make_experiment: Make) -> None:
+    folder = make_experiment(optimizer={"name": "sgd", "learning_rate": 1000, "weight_decay": 10})
+    assert script(train, "--model_dir", folder).status == 1
+    assert script(train, "--model_dir", folder, "--overrides", "learning_rate=0.01", "weight_decay=0").status == 0
+
+
+def test_an_override_may_name_an_option_of_a_section_left_out(script: Script, make_experiment: Make) -> None:
+    folder = make_experiment(schedule=None)
+    ended = script(
+        *(train, "--model_dir", folder),
+        *("--overrides", "loss.label_smoothing=0.1", "schedule.warmup_epochs=1"),
+    )
+    assert ended.status == 0
+    params = json.loads((folder / "run.json").read_text())["params"]
+    assert params["loss"] == {"name": "ce", "label_smoothing": 0.1}
+    assert (params["schedule"]["name"], params["schedule"]["warmup_epochs"]) == ("constant", 1)
+
+
+def test_a_teacher_given_as_text_can_be_overridden_by_its_path(script: Script, make_experiment: Make) -> None:
+    teacher = make_experiment("teacher")
+    script(train, "--model_dir", teacher)
+    student = make_experiment("student", teacher="elsewhere", loss=KD)
+    assert script(train, "--model_dir", student, "--overrides", f"teacher.model_dir={teacher}").status == 0
+
+
 def test_check_touches_nothing_and_reports_every_directory(script: Script, make_experiment: Make) -> None:
     good, bad = make_experiment("good"), make_experiment("bad", num_epochs=0)
     before = snapshot(good.parent)
@@ -191,10 +218,25 @@ def test_a_missing_teacher_is_one_line_with_the_command(script: Script, make_exp
 def test_train_teacher_trains_it_first_on_the_students_dataset(script: Script, make_experiment: Make) -> None:
     teacher = make_experiment("teacher", num_epochs=1)
     student = make_experiment("student", num_epochs=1, teacher=str(teacher), loss=KD)
-    ended = script(train, "--model_dir", student, "--train_teacher", "--overrides", "dataset.train_size=200")
+    overrides = ("train_size=200", "dataset.batch_size=16", "dataset.subset_fraction=0.5", "width=2")
+    ended = script(train, "--model_dir", student, "--train_teacher", "--overrides", *overrides)
     assert ended.status == 0, ended
     assert read_status(teacher) == "completed"
-    assert json.loads((teacher / "run.json").read_text())["params"]["dataset"]["train_size"] == 200
+    params = json.loads((teacher / "run.json").read_text())["params"]
+    assert params["dataset"]["train_size"] == 200  # which images there are is the same for both
+    assert (params["dataset"]["batch_size"], params["dataset"]["subset_fraction"]) == (32, 1.0)
+    assert params["student"]["width"] == 4
+
+
+def test_train_teacher_refuses_a_teacher_on_another_dataset_before_training_it(
+    script: Script, make_experiment: Make
+) -> None:
+    teacher = make_experiment("teacher", dataset={"name": "digits"})
+    student = make_experiment("student", teacher=str(teacher), loss=KD)
+    ended = script(train, "--model_dir", student, "--train_teacher")
+    assert ended.status == 2
+    assert "is on dataset 'digits', its student" in ended.err
+    assert read_status(teacher) == "pending"
 
 
 def test_a_teacher_trained_on_the_way_is_the_one_that_is_trained_alone(script: Script, make_experiment: Make) -> None:

@@ -14,7 +14,6 @@ from utils import (
     apply_overrides,
     differences,
     flatten,
-    follow,
     link_file,
     read_json,
     write_file,
@@ -83,13 +82,6 @@ def test_a_link_replaces_its_target_and_is_no_copy(tmp_path: Path) -> None:
     link_file(tmp_path / "a", tmp_path / "b")  # once more: a rename between two links to one file does nothing
     assert (tmp_path / "b").samefile(tmp_path / "a")
     assert names(tmp_path) == ["a", "b"]
-
-
-def test_a_journals_unfinished_last_line_is_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    assert list(follow(path)) == []
-    path.write_text('{"epoch": 1}\n{"epoch": 2}\n{"epo')
-    assert list(follow(path)) == [{"epoch": 1}, {"epoch": 2}]
 
 
 # --- params -----------------------------------------------------------------------------------------------

@@ -43,11 +43,7 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     fingerprint: str
-    summary: str = ""
-
-    def describe(self) -> str:
-        """Returns one line for the log."""
-        return self.summary
+    summary: str
 
     def facts(self) -> dict[str, Any]:
         """Returns what a checkpoint must say of the data for its net to be used again, as plain types."""
@@ -61,7 +57,7 @@ def prepare(
     seed: int,
     device: torch.device,
     *,
-    batch_size: Annotated[int, Field(ge=1, le=65536)] = 128,
+    batch_size: Annotated[int, Field(ge=2, le=65536)] = 128,
     eval_batch_size: Annotated[int, Field(ge=1, le=65536)] = 512,
     augmentation: Literal["crop_flip", "crop", "flip", "none"] | None = None,
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1,
@@ -78,7 +74,7 @@ def prepare(
         seed: The run's seed: decides order and views, but neither the validation split nor the subset.
         device: Where the images are held.
         batch_size: Training samples per step; a last batch of one sample is joined to the batch before it.
-        eval_batch_size: Validation and test samples per step; no result depends on it.
+        eval_batch_size: Validation and test samples per step: a matter of speed and memory.
         augmentation: Random views of training images: zero-padded 4-pixel crop, mirroring; null: the dataset's own.
         val_fraction: Share of each class of the training list that is kept for validation; unused with an own split.
         val_seed: Picks the validation split and the subset, so that runs with different seeds share them.

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,10 +82,17 @@ def _read(source: Any, root: Path, download: bool) -> tuple[Any, Any]:
 @contextmanager
 def _alone(root: Path) -> Iterator[None]:
     """Lets one process at a time download: the trials of a search all start at once."""
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / ".download.lock").open("w") as file:
+    name = hashlib.sha256(str(root.absolute()).encode()).hexdigest()[:16]
+    with Path(tempfile.gettempdir(), f"kdlab-download-{os.getuid()}-{name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        existed = root.exists()
+        root.mkdir(parents=True, exist_ok=True)
+        try:
+            yield
+        except BaseException:
+            if not existed:
+                shutil.rmtree(root, ignore_errors=True)  # it holds nothing but what torchvision began to fetch
+            raise
 
 
 def _samples(dataset: Any) -> Samples:

@@ -40,6 +40,16 @@ def only_row(folder: Path) -> Row:
     return rows[0]
 
 
+def test_scores_of_older_weights_are_left_out_and_said(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    write(tmp_path, "metrics_test_best_weights.json", {"accuracy": 0.45, "epoch": 1})
+    row = only_row(tmp_path)
+    assert not [key for key in row.metrics if key.startswith("test_best")]
+    assert row.status == "completed; the best weights are not evaluated since epoch 1"
+    write(tmp_path, "metrics_test_best_weights.json", {"accuracy": 0.82, "epoch": VAL["epoch"]})
+    assert (only_row(tmp_path).metrics["test_best.accuracy"], only_row(tmp_path).status) == (0.82, "completed")
+
+
 # what is an experiment
 
 

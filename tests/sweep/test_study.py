@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from sweep import study
 from sweep.launchers import Local
-from sweep.study import Child, check, plan, run, table, write
+from sweep.study import Child, check, check_teachers, plan, run, table, write
 from utils import RunError
 
 MakeParent = Callable[..., Path]
@@ -72,13 +72,36 @@ def test_writing_again_changes_nothing(make_parent: MakeParent) -> None:
 def test_a_child_with_other_params_is_refused_with_the_difference(make_parent: MakeParent) -> None:
     parent = make_parent({"alpha": [0.1, 0.2]})
     write(plan(parent)[1:])
-    parent = make_parent({"alpha": [0.1, 0.2]}, num_epochs=5)
+    parent = make_parent({"alpha": [0.1, 0.2]}, num_epochs=5, seed=9)
     with pytest.raises(RunError) as caught:
         plan(parent)
     assert f"{parent / 'alpha_0.2' / 'params.json'} is not what" in str(caught.value)
-    assert "num_epochs: 3 -> 5" in str(caught.value)
+    assert "seed: 'absent' -> 9" in str(caught.value)
+    assert "num_epochs" not in str(caught.value)  # more epochs are no other experiment
     assert "remove that directory or undo the change" in str(caught.value)
     assert not (parent / "alpha_0.1").exists()
+
+
+def test_more_epochs_in_the_parent_reach_children_that_exist(make_parent: MakeParent) -> None:
+    parent = make_parent({"alpha": [0.1, 0.2]})
+    write(plan(parent))
+    write(plan(make_parent({"alpha": [0.1, 0.2]}, num_epochs=5)))
+    for name in ("alpha_0.1", "alpha_0.2"):
+        assert json.loads((parent / name / "params.json").read_text())["num_epochs"] == 5
+
+
+@pytest.mark.parametrize("teacher", ["nowhere", {"model_dir": "nowhere", "restore_file": "last"}])
+def test_a_missing_teacher_is_found_before_any_child_is_made(make_parent: MakeParent, teacher: Any) -> None:
+    parent = make_parent({"alpha": [0.1, 0.2]}, teacher=teacher)
+    children = plan(parent)
+    with pytest.raises(RunError, match="teacher nowhere does not exist"):
+        check_teachers(children)
+    assert not list(parent.glob("alpha_*"))
+
+
+def test_children_without_a_teacher_need_none(make_parent: MakeParent) -> None:
+    check_teachers(plan(make_parent({"alpha": [0.1]})))
+    check_teachers(plan(make_parent({"alpha": [0.1]}, teacher=None)))
 
 
 def test_a_file_in_the_way_of_a_child_is_one_line(make_parent: MakeParent) -> None:

@@ -59,7 +59,7 @@ def test_an_own_validation_split_is_used_and_nothing_is_carved():
     (batch,) = data.val.epoch(0)
     assert torch.equal(batch.labels, own.labels)
     assert torch.equal(batch.indices, torch.arange(12))
-    assert "12 val (the dataset's own)" in data.describe()
+    assert "12 val (the dataset's own)" in data.summary
 
 
 def test_subset_fraction_takes_its_share_of_each_class_of_what_validation_leaves():
@@ -179,11 +179,11 @@ def test_the_fingerprint_does_not_depend_on_what_is_not_in_the_data():
 
 
 def test_the_data_describe_themselves_in_one_line():
-    assert data_of(images_of((1200, 60, 25)), val_fraction=0.2, val_seed=3).describe() == (
+    assert data_of(images_of((1200, 60, 25)), val_fraction=0.2, val_seed=3).summary == (
         "toy: 1,028 train, 257 val (carved, seed 3), 15 test images of 3x8x8, 3 classes, "
         "augmentation crop_flip (162 views)"
     )
-    assert data_of(images_of(test=None), subset_fraction=0.5, augmentation="none").describe() == (
+    assert data_of(images_of(test=None), subset_fraction=0.5, augmentation="none").summary == (
         "toy: 56 train (subset 0.5), 13 val (carved, seed 0), no test images of 3x8x8, 3 classes, "
         "augmentation none (1 view)"
     )
