@@ -105,7 +105,7 @@ def test_all_problems_are_reported_at_once_with_their_paths() -> None:
         "studnet": "unknown key; did you mean 'student'?",
         "num_epochs": "is missing and has no default",
         "seed": "-1 is below 0",
-        "dataset.batch_size": "0 is below 1",
+        "dataset.batch_size": "0 is below 2",
         "dataset.noise": "expected a number, got 'much'",
         "student.name": "unknown net 'tinny'; did you mean 'tiny'?",
         "teacher.model_dir": "expected text, got 7",
@@ -155,10 +155,14 @@ def test_a_section_that_is_needed_and_missing_is_asked_for(section: str, absent:
     assert all(name in found[1] for name in SECTIONS[section])
 
 
-@pytest.mark.parametrize("section", ["loss", "schedule"])
-def test_a_section_that_is_there_but_empty_does_not_stand_for_its_default(section: str) -> None:
+@pytest.mark.parametrize(("section", "default"), [("loss", "ce"), ("schedule", "constant")])
+def test_a_section_that_has_a_default_goes_by_its_name_unless_it_says_another(section: str, default: str) -> None:
+    """So an override may name an option of it; null is no section."""
     assert problems_of(**{section: None})[section].startswith("is missing; add ")
-    assert problems_of(**{section: {}})[f"{section}.name"].startswith("is missing; known: ")
+    assert problems_of(**{section: {}}) == {}
+    (found,) = problems_of(**{section: {"alpha": 0.9}}).items()
+    assert found[0] == f"{section}.alpha"
+    assert found[1].startswith("unknown option")
 
 
 @pytest.mark.parametrize("section", list(SECTIONS))
