@@ -107,7 +107,11 @@ def find_teacher(teacher_dir: Path, restore_file: str) -> Path:
         raise RunError(line, "teacher")
     path = teacher_dir / f"{restore_file}.pth.tar"
     if not path.exists():
-        way = f"{command} --restart" if status == "completed" else f"{command} (or add --train_teacher)"
+        way = (
+            f"{command} --restart"
+            if status == "completed"
+            else f"{command} (or let train.py do it first: --train_teacher)"
+        )
         raise RunError(f"teacher {teacher_dir} has no {path.name}; train it with: {way}", "teacher")
     return path
 

@@ -211,7 +211,10 @@ def test_a_missing_teacher_is_one_line_with_the_command(script: Script, make_exp
     student = make_experiment("student", teacher=str(teacher), loss=KD)
     ended = script(train, "--model_dir", student)
     assert ended.status == 2
-    assert f"train it with: python train.py --model_dir {teacher} (or add --train_teacher)" in ended.err
+    assert (
+        f"train it with: python train.py --model_dir {teacher} (or let train.py do it first: --train_teacher)"
+        in ended.err
+    )
     assert ended.err.count("\n") == 1
 
 
