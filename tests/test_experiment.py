@@ -279,10 +279,10 @@ def attempts_in(folder: Path) -> int:
 def test_kill_9_at_random_moments_ends_with_the_bits_of_an_uninterrupted_run(
     script: Script, make_experiment: Make, rounds: int
 ) -> None:
-    changes: dict[str, Any] = {"num_epochs": 8, "dataset": {"train_size": 1280}, "checkpoint_minutes": 0.002}
+    changes: dict[str, Any] = {"num_epochs": 16, "dataset": {"train_size": 1280}, "checkpoint_minutes": 0.002}
     whole = make_experiment("whole", **changes)
     script(train, "--model_dir", whole)
-    draw = random.Random(5)
+    draw, kills = random.Random(5), 0
     for number in range(rounds):
         cut = make_experiment(f"cut_{number}", **changes)
         command = [sys.executable, str(ROOT / "train.py"), "--model_dir", str(cut), "--quiet"]
@@ -292,12 +292,15 @@ def test_kill_9_at_random_moments_ends_with_the_bits_of_an_uninterrupted_run(
                 while process.poll() is None and attempts_in(cut) < attempt:
                     time.sleep(0.01)
                 time.sleep(draw.uniform(0, 1))
-                os.killpg(process.pid, signal.SIGKILL)
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
             if process.wait() == 0:
                 break
             assert process.returncode == -signal.SIGKILL
+            kills += 1
             assert read_status(cut) in ("stale", "completed")
         assert same_result(cut, whole)
+    assert kills >= rounds
 
 
 # --- other processes --------------------------------------------------------------------------------------
