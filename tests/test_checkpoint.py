@@ -33,7 +33,8 @@ def test_a_checkpoint_is_read_back_and_plain_torch_reads_it_too(checkpoint: Path
     assert torch.equal(state["state_dict"]["weight"], torch.arange(300.0))
     assert sha == save_checkpoint(checkpoint, STATE)
     assert torch.load(checkpoint, weights_only=True)["epoch"] == 3
-    assert zipfile.ZipFile(checkpoint).testzip() is None
+    with zipfile.ZipFile(checkpoint) as archive:
+        assert archive.testzip() is None
 
 
 def test_every_truncation_is_detected(checkpoint: Path) -> None:

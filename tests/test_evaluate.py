@@ -35,11 +35,16 @@ def read_csv(path: Path) -> list[list[str]]:
         return list(csv.reader(file))
 
 
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as file:
+        return dict(file)
+
+
 def test_the_scores_are_those_of_the_saved_predictions(script: Script, pair: tuple[Path, Path]) -> None:
     _, student = pair
     assert script(evaluate, "--model_dir", student, "--save_predictions").status == 0
     scores = json.loads((student / "metrics_test_best_weights.json").read_text())
-    table = np.load(student / "predictions_test_best_weights.npz")
+    table = read_npz(student / "predictions_test_best_weights.npz")
     logits, labels, teacher = (table[name].astype(np.float64) for name in ("logits", "labels", "teacher_logits"))
     labels = labels.astype(int)
     assert (table["indices"] == np.arange(80)).all()  # the dataset's own order: rows of two nets can be compared
@@ -123,7 +128,7 @@ def test_the_training_split_is_scored_without_augmentation_and_in_order(script: 
     folder = make_experiment()
     script(train, "--model_dir", folder)
     script(evaluate, "--model_dir", folder, "--split", "train", "--save_predictions")
-    indices = np.load(folder / "predictions_train_best_weights.npz")["indices"]
+    indices = read_npz(folder / "predictions_train_best_weights.npz")["indices"]
     assert (np.diff(indices) > 0).all()
     before = (folder / "metrics_train_best_weights.json").read_bytes()
     script(evaluate, "--model_dir", folder, "--split", "train")
