@@ -144,7 +144,7 @@ class Experiment:
 
     Attributes:
         best: Validation metrics of the best epoch so far with its number, or None.
-        stop: Remembers a signal to stop; `record` and `pause` heed it after saving.
+        stop: Remembers a signal to stop; `pause` and `stop_if_asked` heed it.
     """
 
     def __init__(self, model_dir: str | Path) -> None:
@@ -187,7 +187,7 @@ class Experiment:
 
         Args:
             params: What is trained.
-            identity: Hashes of what else decides the result (data, teacher): a resume with others is refused.
+            identity: What else decides the result (data, teacher, precision): a resume with others is refused.
             restart: Begin anew: what an earlier run wrote is removed, except train.log.
             details: What else run.json shall say of this attempt.
 

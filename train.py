@@ -38,11 +38,10 @@ from model.losses import LOSSES
 from model.metrics import count_parameters
 from model.nets import NETS
 from model.optim import create_optimizer, create_schedule
-from model.registry import options_of
 from model.rng import derive_seed
 from model.teacher import FrozenTeacher, create_teacher
 from process import EpochBar, log, run_main, set_logger
-from utils import OK, USAGE, Params, RunError, apply_overrides, full_key, read_json
+from utils import OK, USAGE, Params, RunError, apply_overrides, read_json
 
 
 def parse_args() -> argparse.Namespace:
@@ -84,23 +83,24 @@ def check(model_dirs: Sequence[Path], overrides: Sequence[str]) -> int:
     return USAGE if wrong else OK
 
 
-def train_teacher(teacher_dir: Path, args: argparse.Namespace, students: Sequence[Path]) -> None:
-    """Trains a teacher to its end, unless that is done, on the dataset that its student is given."""
+def train_teacher(args: argparse.Namespace, params: Params, students: Sequence[Path]) -> None:
+    """Trains the teacher of `params` to its end, unless that is done, on the dataset that its student is given."""
+    student, teacher_dir = args.model_dir[0], Path(params.teacher["model_dir"])
     if not (teacher_dir / "params.json").is_file() or read_status(teacher_dir) == "completed":
         return
     if teacher_dir.resolve() in students:
         raise RunError(f"teacher {teacher_dir} is taught by its own student; break the circle", "teacher")
-    student = args.model_dir[0]
-    taught, teaching = (read_json(folder / "params.json") for folder in (student, teacher_dir))
     # Which images, and where they are; how many of them and in what batches is the teacher's own affair.
-    keys = [(full_key(taught, text.partition("=")[0]), text.partition("=")[2]) for text in args.overrides]
-    own_affair = {f"dataset.{key}" for key in options_of(DATASETS.common)} if DATASETS.common else set()
-    shared = [f"{key}={text}" for key, text in keys if key.startswith("dataset.") and key not in own_affair]
-    for raw in (taught, teaching):
-        apply_overrides(raw, shared)
-    names = [raw.get("dataset", {}).get("name") for raw in (teaching, taught)]
-    if names[0] != names[1]:
-        line = f"teacher {teacher_dir} is on dataset {names[0]!r}, its student {student} on {names[1]!r}"
+    _, own_affair = DATASETS.split(params.dataset)
+    keys = apply_overrides(read_json(student / "params.json"), args.overrides)
+    shared = [
+        f"{key}={override.partition('=')[2]}"
+        for key, override in zip(keys, args.overrides, strict=True)
+        if key.startswith("dataset.") and key.removeprefix("dataset.") not in own_affair
+    ]
+    theirs, ours = load_params(teacher_dir, shared).dataset["name"], params.dataset["name"]
+    if theirs != ours:
+        line = f"teacher {teacher_dir} is on dataset {theirs!r}, its student {student} on {ours!r}"
         raise RunError(f"{line}; name the same dataset in both", "teacher")
     log.info("first the teacher, %s", teacher_dir)
     own = {"model_dir": [teacher_dir], "overrides": shared, "restart": False}
@@ -215,7 +215,7 @@ def train(args: argparse.Namespace, students: Sequence[Path] = ()) -> int:
     if loss.needs_teacher:  # before any work: it may be missing
         teacher_dir = Path(params.teacher["model_dir"])
         if args.train_teacher:
-            train_teacher(teacher_dir, args, [*students, model_dir.resolve()])
+            train_teacher(args, params, [*students, model_dir.resolve()])
         teacher_state, teacher_sha = load_teacher_checkpoint(teacher_dir, params.teacher["restore_file"])
 
     device = choose_device(args.device)
