@@ -110,11 +110,12 @@ def main() -> None:
     versions = ", ".join(f"{name} {here['packages'][name]}" for name in PACKAGES[:2])
     images = "JPEG" if dataset_options(args).get("name") == "image_folder" else "original"
     run = read_json(groups["cnn"][0] / "run.json")["attempts"][-1]
+    images_tested = read_json(groups["cnn"][0] / "metrics_test_best_weights.json")["images"]
     epochs = read_json(groups["cnn"][0] / "params.json")["num_epochs"]
     text = f"""# Distillation on CIFAR-10 ({images} images)
 
-Accuracy in percent, mean ± sample standard deviation over seeds {", ".join(map(str, args.seeds))}; {epochs} epochs;
-45,000 training, 5,000 validation (carved from the training list; it selects the epoch) and 10,000 test images.
+Accuracy in percent, mean ± sample standard deviation over seeds {", ".join(map(str, args.seeds))}; {epochs} epochs.
+A tenth of the training images is kept for validation and selects the epoch; {images_tested:,} test images.
 
 {tabulate(rows, headers, tablefmt="github")}
 
