@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,13 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Any], str]:
+def load_checkpoint(path: Path, *, foreign: bool = False) -> tuple[dict[str, Any], str]:
     """Reads, verifies and parses a checkpoint, on the CPU; nothing in it is executed.
+
+    Args:
+        path: The file.
+        foreign: Whether one that another program wrote will do: a dict with `state_dict`, as the ancestor's are.
+            Nothing vouches for its content, and its state holds no more than `state_dict` and `epoch`; `net` is None.
 
     Returns:
         The state and the SHA-256 of its content in hex.
@@ -51,18 +56,46 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Any], str]:
     except OSError as error:
         raise unusable(f"cannot be read: {error.strerror}") from None
     content, trailer = data[: -len(MAGIC) - 32], data[-len(MAGIC) - 32 :]
-    if not trailer.startswith(MAGIC):
+    ours = trailer.startswith(MAGIC)
+    if not ours and not foreign:
         raise unusable("has no verification trailer: cut short, or written by another program")
+    content = content if ours else data
     digest = hashlib.sha256(content)
-    if trailer[len(MAGIC) :] != digest.digest():
+    if ours and trailer[len(MAGIC) :] != digest.digest():
         raise unusable("is damaged: its content does not match its SHA-256")
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("has compressed entries, which torch never writes")
+        if ours or zipfile.is_zipfile(io.BytesIO(content)):  # before torch 1.6 it was a row of pickles
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise ValueError("has compressed entries, which torch never writes")
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a hostile file makes of the parser
-        raise unusable(f"cannot be parsed: {str(error).splitlines()[0]}") from None
+        why = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise unusable(f"cannot be parsed: {why}{'' if ours else '; it is cut short or no checkpoint'}") from None
+    if not ours:
+        return _read_foreign(state, unusable), digest.hexdigest()
     if not isinstance(state, dict) or not {"epoch", "net", "state_dict"} <= state.keys():
         raise unusable("is not a checkpoint of an experiment: it lacks epoch, net or state_dict")
     return state, digest.hexdigest()
+
+
+def _read_foreign(state: Any, unusable: Callable[[str], RunError]) -> dict[str, Any]:
+    import torch
+
+    if isinstance(state, dict) and "net" in state:
+        raise unusable("has lost its verification trailer: it was cut short")
+    weights = state.get("state_dict") if isinstance(state, dict) else None
+    if not isinstance(weights, dict) or not weights:
+        raise unusable("is no checkpoint: it holds no state_dict")
+    if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items()):
+        raise unusable("is no checkpoint: its state_dict holds other things than named tensors")
+    # DataParallel puts "module." before every name. A plain dict, without the version that torch keeps beside the
+    # names, lets batch norms from before 2018 load without their num_batches_tracked.
+    prefix = "module." if all(name.startswith("module.") for name in weights) else ""
+    epoch = state.get("epoch")
+    return {
+        "net": None,
+        "state_dict": {name.removeprefix(prefix): value for name, value in weights.items()},
+        "epoch": epoch if isinstance(epoch, int) else 0,
+        "step": 0,
+    }

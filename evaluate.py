@@ -1,12 +1,14 @@
 """Scores a checkpoint: `python evaluate.py --model_dir experiments/cnn_distill --restore_file best`.
 
 The only reader of the test split. Writes, beside the checkpoint, metrics_<split>_<which>_weights.json, and as csv the
-accuracy of each class and the confusion matrix.
+accuracy of each class and the confusion matrix; on request predictions, scores at a temperature, or the temperature at
+which the net is calibrated. Samples always come in the dataset's own order.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import io
 import shlex
@@ -20,13 +22,15 @@ import torch
 from checkpoint import load_checkpoint
 from experiment import load_teacher_checkpoint
 from model import data, metrics, nets, schema
-from model.engine import choose_device, choose_precision, evaluate, place
+from model.data.pipeline import Loader
+from model.engine import choose_device, choose_precision, evaluate, place, probe
+from model.legacy import net_record
 from model.losses import LOSSES
 from model.losses.base import Loss
 from model.outputs import Batch, Outputs
 from model.teacher import FrozenTeacher, create_teacher
 from process import log, run_main, set_logger
-from utils import OK, Params, RunError, write_file, write_json
+from utils import OK, Params, RunError, read_json, write_file, write_json
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,7 +43,58 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     parser.add_argument("--save_predictions", action="store_true", help="also write logits, labels and indices (npz)")
-    return parser.parse_args()
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="also write softmax scores at T, hits and confusions as text"
+    )
+    parser.add_argument("--calibrate", action="store_true", help="also find the temperature of the best likelihood")
+    args = parser.parse_args()
+    if args.temperature is not None and not 0 < args.temperature < float("inf"):
+        parser.error(f"--temperature {args.temperature}: must be a finite number above 0")
+    return args
+
+
+def open_checkpoint(args: argparse.Namespace) -> tuple[Path, dict[str, Any], str, Params]:
+    """Returns the checkpoint that is to be scored: its file, state and SHA-256, and the params it was trained with."""
+    if "/" in args.restore_file or args.restore_file.endswith(".pth.tar"):
+        raise RunError(f"--restore_file {args.restore_file}: name a checkpoint of the directory: best or last")
+    path = args.model_dir / f"{args.restore_file}.pth.tar"
+    if not path.exists():
+        command = f"python train.py --model_dir {shlex.quote(str(args.model_dir))}"
+        raise RunError(f"{path} does not exist; train it with: {command}, or name another --restore_file")
+    state, sha = load_checkpoint(path, foreign=True)
+    if state["net"] is None:
+        log.warning("%s: written by another program; params.json beside it has to say what it is", path)
+        state["params"] = read_json(args.model_dir / "params.json")
+    return path, state, sha, Params.check(copy.deepcopy(state["params"]), path, schema.resolve, args.overrides)
+
+
+def open_split(
+    args: argparse.Namespace, path: Path, state: dict[str, Any], params: Params, device: torch.device
+) -> tuple[data.Data, Loader]:
+    """Returns the data of a checkpoint and the loader of the split that is to be scored; completes `state["net"]`.
+
+    Raises:
+        RunError: These are not the classes, images or sizes that it was trained on.
+    """
+    constants = state["net"] or net_record(state["params"], {})
+    given = [override.partition("=")[0] for override in args.overrides]
+    for constant in ("mean", "std"):  # the net's own, whatever the images it is tried on
+        if constant in constants and f"dataset.{constant}" not in given:
+            params.dataset[constant] = constants[constant]
+    splits = data.create(params.dataset, seed=params.seed, device=device)
+    state["net"] = net = state["net"] or net_record(state["params"], splits.facts())
+    loader = {"test": splits.test, "val": splits.val, "train": splits.train}[args.split]
+    if loader is None:
+        raise RunError(f"dataset {params.dataset['name']!r} has no {args.split} split; choose another --split", "data")
+    if list(splits.classes) != net["classes"]:
+        line = f"{path}: trained on other classes than the dataset's; give the dataset it was trained on"
+        raise RunError(line, "data")
+    if args.split != "test" and "identity" in state and splits.fingerprint != state["identity"]["data"]:
+        line = f"{path}: these are not the {args.split} images that the run had"
+        raise RunError(f"{line}; restore them, or score --split test", "data")
+    if list(splits.shape) != net["shape"]:
+        raise RunError(f"{path}: trained on images of {net['shape']}, not of {list(splits.shape)}", "data")
+    return splits, loader
 
 
 def load_teacher(params: Params, student: dict[str, Any]) -> FrozenTeacher | None:
@@ -52,7 +107,7 @@ def load_teacher(params: Params, student: dict[str, Any]) -> FrozenTeacher | Non
     except RunError as error:
         log.warning("no comparison with the teacher: %s", error)
         return None
-    return create_teacher(state, f"teacher {teacher_dir}", student)
+    return create_teacher(state, f"teacher {teacher_dir}", student, params.teacher["mean"], params.teacher["std"])
 
 
 def sizes(net: torch.nn.Module, teacher: FrozenTeacher | None, shape: tuple[int, ...]) -> dict[str, float]:
@@ -83,44 +138,52 @@ def write_classes(folder: Path, stem: str, classes: Sequence[str], confusion: to
     write_csv(folder / f"per_class_{stem}.csv", ["class", "images", "accuracy"], accuracies)
 
 
+def write_scores(folder: Path, split: str, temperature: float, logits: torch.Tensor, labels: torch.Tensor) -> None:
+    """Writes the ancestor's analysis as text, a line per sample: softmax scores, hits (1 or 0); and the confusions."""
+    hits = (logits.argmax(1) == labels).double()
+    confusion = metrics.confusion_matrix(logits.argmax(1), labels, logits.shape[1])
+    tables = {
+        "softmax_scores": torch.softmax(logits.double() / temperature, dim=1),
+        "predict_correct": hits,
+        "confusion_matrix": confusion.double(),
+    }
+    for name, values in tables.items():
+        text = io.StringIO()
+        np.savetxt(text, values.numpy())
+        write_file(folder / f"{split}_temp{temperature}_{name}.txt", text.getvalue().encode())
+
+
+def calibrate(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Returns the calibrated temperature, and likelihood and calibration error at temperature 1 and there."""
+    temperature = metrics.calibrated_temperature(logits, labels)
+    found = {"temperature": temperature}
+    for when, scaled in (("before", logits.double()), ("after", logits.double() / temperature)):
+        found[f"nll_{when}"] = torch.nn.functional.cross_entropy(scaled, labels).item()
+        found[f"ece_{when}"] = metrics.expected_calibration_error(scaled, labels)
+    return found
+
+
 def main() -> int:
     args = parse_args()
     set_logger()
-    if "/" in args.restore_file or args.restore_file.endswith(".pth.tar"):
-        raise RunError(f"--restore_file {args.restore_file}: name a checkpoint of the directory: best or last")
-    path = args.model_dir / f"{args.restore_file}.pth.tar"
-    if not path.exists():
-        command = f"python train.py --model_dir {shlex.quote(str(args.model_dir))}"
-        raise RunError(f"{path} does not exist; train it with: {command}, or name another --restore_file")
-    state, sha = load_checkpoint(path)
-    params = Params.check(state["params"], path, schema.resolve, args.overrides)
+    path, state, sha, params = open_checkpoint(args)
     device = choose_device(args.device)
     precision = choose_precision(params.precision, device)
-    for constant in ("mean", "std"):  # the net's own, whatever the images it is tried on
-        if f"dataset.{constant}" not in [override.partition("=")[0] for override in args.overrides]:
-            params.dataset[constant] = state["net"][constant]
-    splits = data.create(params.dataset, seed=params.seed, device=device)
-    loader = {"test": splits.test, "val": splits.val, "train": splits.train}[args.split]
-    if loader is None:
-        raise RunError(f"dataset {params.dataset['name']!r} has no {args.split} split; choose another --split", "data")
-    if list(splits.classes) != state["net"]["classes"]:
-        raise RunError(
-            f"{path}: trained on other classes than the dataset's; give the dataset it was trained on", "data"
-        )
-    if args.split != "test" and splits.fingerprint != state["identity"]["data"]:
-        line = f"{path}: these are not the {args.split} images that the run had"
-        raise RunError(f"{line}; restore them, or score --split test", "data")
-    if list(splits.shape) != state["net"]["shape"]:
-        raise RunError(f"{path}: trained on images of {state['net']['shape']}, not of {list(splits.shape)}", "data")
+    foreign = state["net"] is None
+    splits, loader = open_split(args, path, state, params, device)
     net = place(nets.restore(state, str(path)), device)
     teacher = load_teacher(params, state["net"])
-    if teacher is not None:
-        teacher = place(teacher, device)
-    loss: Loss | None = LOSSES.create(params.loss).to(device)
-    if loss is not None and loss.needs_teacher and teacher is None:
+    loss: Loss | None = LOSSES.create(params.loss)
+    if foreign or (loss is not None and loss.needs_teacher and teacher is None):
         loss = None
     if loss is not None:
+        name = params.student["name"]
+        taught = None if teacher is None else probe(teacher.net, teacher.name, splits.shape)
+        loss.attach(probe(net, name, splits.shape), taught)
         loss.load_state_dict(state["loss_dict"])
+        loss.to(device)
+    if teacher is not None:
+        teacher = place(teacher, device)
 
     columns: dict[str, list[torch.Tensor]] = {"logits": [], "labels": [], "indices": [], "teacher_logits": []}
 
@@ -133,28 +196,36 @@ def main() -> int:
 
     scores = evaluate(net, loader.plain(), precision=precision, loss=loss, teacher=teacher, after_batch=collect)
     table = {name: torch.cat(parts) for name, parts in columns.items() if parts}
-    scores["ece"] = metrics.expected_calibration_error(table["logits"], table["labels"])
+    logits, labels = table["logits"], table["labels"]
+    scores["ece"] = metrics.expected_calibration_error(logits, labels)
     if teacher is not None:
-        scores |= metrics.agreement(table["logits"], table["teacher_logits"])
+        scores |= metrics.agreement(logits, table["teacher_logits"])
     scores |= sizes(net, teacher, splits.shape)
     scores["checkpoint_bytes"] = path.stat().st_size
+    selected_on = "nothing" if args.restore_file != "best" else "test" if foreign else splits.selected_on
     origin = {
         "split": args.split,
-        "images": len(table["labels"]),
+        "images": len(labels),
         "epoch": state["epoch"],
-        "selected_on": "val" if args.restore_file == "best" else "nothing",
+        "selected_on": selected_on,
         "overrides": args.overrides,
     }
 
-    stem = f"{args.split}_{args.restore_file}_weights"
-    write_json(args.model_dir / f"metrics_{stem}.json", {**scores, **origin, "checkpoint_sha256": sha})
-    confusion = metrics.confusion_matrix(table["logits"].argmax(1), table["labels"], splits.num_classes)
-    write_classes(args.model_dir, stem, splits.classes, confusion)
+    stem = f"{args.split}_{args.restore_file}"
+    write_json(args.model_dir / f"metrics_{stem}_weights.json", {**scores, **origin, "checkpoint_sha256": sha})
+    confusion = metrics.confusion_matrix(logits.argmax(1), labels, splits.num_classes)
+    write_classes(args.model_dir, f"{stem}_weights", splits.classes, confusion)
     if args.save_predictions:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **{name: column.numpy() for name, column in table.items()})  # type: ignore[arg-type]
-        write_file(args.model_dir / f"predictions_{stem}.npz", buffer.getvalue())
-    for name, value in {**scores, **origin}.items():
+        write_file(args.model_dir / f"predictions_{stem}_weights.npz", buffer.getvalue())
+    if args.temperature is not None:
+        write_scores(args.model_dir, args.split, args.temperature, logits, labels)
+    found = calibrate(logits, labels) if args.calibrate else {}
+    if found:
+        write_json(args.model_dir / f"calibration_{stem}.json", {**found, **origin, "checkpoint_sha256": sha})
+    calibration = {f"calibrated_{name}": value for name, value in found.items()}
+    for name, value in {**scores, **calibration, **origin}.items():
         log.info("%s: %s", name, f"{value:.4f}" if isinstance(value, float) else value)
     return OK
 

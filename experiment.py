@@ -53,6 +53,8 @@ MAY_CHANGE = (
     "dataset.data_dir",
     "dataset.cache_dir",
     "dataset.download",
+    "dataset.num_workers",
+    "student.init_from",
     "teacher.model_dir",
 )
 WRITTEN = (
@@ -61,7 +63,11 @@ WRITTEN = (
     "metrics_*.json",
     "*_weights.csv",
     "*_weights.npz",
-    "*.pth.tar",
+    "last.pth.tar",
+    "prev.pth.tar",
+    "best.pth.tar",
+    "calibration_*.json",
+    "curves.png",
     "events.out.tfevents.*",
 )
 
@@ -91,49 +97,71 @@ def is_locked(model_dir: Path) -> bool:
     return False
 
 
-def find_teacher(teacher_dir: Path, restore_file: str) -> Path:
+def find_teacher(teacher_dir: Path, restore_file: str, role: str = "teacher") -> Path:
     """Returns the checkpoint of a teacher, an experiment directory whose training has ended.
+
+    Args:
+        teacher_dir: The directory.
+        restore_file: `best` or `last`.
+        role: What to call it in messages.
 
     Raises:
         RunError: Reason `teacher`: it is missing or not trained to its end; with the command to run.
     """
     command = f"python train.py --model_dir {shlex.quote(str(teacher_dir))}"
     if not (teacher_dir / "params.json").is_file():
-        line = f"teacher {teacher_dir} does not exist or has no params.json; name an experiment directory"
+        line = f"{role} {teacher_dir} does not exist or has no params.json; name an experiment directory"
         raise RunError(line, "teacher")
     status = read_status(teacher_dir)
     if status not in ("completed", "pending"):  # pending with a checkpoint: a teacher from elsewhere
-        line = f"teacher {teacher_dir} is {status}, not completed; wait for it, or train it to its end with: {command}"
+        line = f"{role} {teacher_dir} is {status}, not completed; wait for it, or train it to its end with: {command}"
         raise RunError(line, "teacher")
     path = teacher_dir / f"{restore_file}.pth.tar"
     if not path.exists():
         way = (
             f"{command} --restart"
             if status == "completed"
-            else f"{command} (or let train.py do it first: --train_teacher)"
+            else f"{command}{' (or let train.py do it first: --train_teacher)' if role == 'teacher' else ''}"
         )
-        raise RunError(f"teacher {teacher_dir} has no {path.name}; train it with: {way}", "teacher")
+        raise RunError(f"{role} {teacher_dir} has no {path.name}; train it with: {way}", "teacher")
     return path
 
 
-def load_teacher_checkpoint(teacher_dir: Path, restore_file: str) -> tuple[dict[str, Any], str]:
-    """Reads the checkpoint that `find_teacher` finds.
+def load_teacher_checkpoint(teacher_dir: Path, restore_file: str, role: str = "teacher") -> tuple[dict[str, Any], str]:
+    """Reads the checkpoint that `find_teacher` finds, which may be one of the ancestor's.
 
     Returns:
-        The state and its SHA-256.
+        The state and its SHA-256; a foreign one, whose `net` is None, with the directory's raw `params`.
 
     Raises:
         RunError: As `find_teacher`; or it is damaged, or was saved in the middle of an epoch.
     """
-    path = find_teacher(teacher_dir, restore_file)
+    path = find_teacher(teacher_dir, restore_file, role)
     command = f"python train.py --model_dir {shlex.quote(str(teacher_dir))} --restart"
     try:
-        state, sha = load_checkpoint(path)
+        state, sha = load_checkpoint(path, foreign=True)
     except RunError as error:
-        raise RunError(f"teacher {error}; train it again with: {command}", "teacher") from None
+        raise RunError(f"{role} {error}; train it again with: {command}", "teacher") from None
     if state["step"]:
-        raise RunError(f"teacher {path} was saved in the middle of an epoch; name its best, or train it on", "teacher")
+        raise RunError(f"{role} {path} was saved in the middle of an epoch; name its best, or train it on", "teacher")
+    if state["net"] is None:
+        state["params"] = read_json(teacher_dir / "params.json")
     return state, sha
+
+
+def load_initial(path: Path) -> tuple[dict[str, Any], str]:
+    """Reads the weights that a student begins with: a checkpoint file, or the best one of an experiment directory.
+
+    Raises:
+        RunError: It is missing, damaged, or of an experiment that is not trained to its end.
+    """
+    role = "student.init_from:"
+    if path.is_dir() or path.suffix != ".tar":
+        return load_teacher_checkpoint(path, "best", role)
+    try:
+        return load_checkpoint(path, foreign=True)
+    except RunError as error:
+        raise RunError(f"{role} {error}; name a directory or a .pth.tar file", "params") from None
 
 
 class Experiment:
@@ -157,6 +185,7 @@ class Experiment:
         self._run_id = uuid.uuid4().hex
         self._run: dict[str, Any] = {}
         self._identity: dict[str, Any] = {}
+        self._selected_on = "val"
         self._board: Any = None
 
     def is_finished(self, params: Params) -> bool:
@@ -209,6 +238,7 @@ class Experiment:
             self._refuse_other_params(run, params)
             state = self._load(run.get("epoch", 0))
             self._identity = dict(identity)
+            self._selected_on = params.dict.get("dataset", {}).get("validate_on", "val")
             if state is not None:
                 self._refuse_other_params(state, params)  # run.json may be gone
                 self._refuse_other_inputs(state)
@@ -328,7 +358,7 @@ class Experiment:
         """Refuses params that differ from those of a run.json or a checkpoint, if any epoch stands behind it."""
         if not old or not (old.get("epoch") or self.last.exists()):
             return
-        found = differences(old.get("params", {}), params.dict)
+        found = differences(params.complete(old.get("params", {})), params.dict)
         changes = {key: change for key, change in found.items() if key not in MAY_CHANGE}
         if changes:
             listed = "; ".join(f"{key}: {change}" for key, change in changes.items())
@@ -344,6 +374,7 @@ class Experiment:
     def _load(self, epochs_done: int) -> dict[str, Any] | None:
         """Returns the newest usable state; None where there has never been one."""
         if not self.last.exists() and not self.prev.exists():
+            self._refuse_foreign(self.best_file)
             if epochs_done:
                 line = f"{self.dir}: {epochs_done} epochs are done but their checkpoint is gone"
                 way = "restore last.pth.tar from a copy, or --restart trains from the beginning"
@@ -352,6 +383,7 @@ class Experiment:
         try:
             return load_checkpoint(self.last)[0]
         except RunError as damage:
+            self._refuse_foreign(self.last)
             try:
                 state = load_checkpoint(self.prev)[0]
             except RunError as second:
@@ -361,6 +393,17 @@ class Experiment:
             # The damaged file must not become prev.pth.tar at the next save.
             link_file(self.prev, self.last)
             return state
+
+    def _refuse_foreign(self, path: Path) -> None:
+        """Tells of a checkpoint that another program left under the name of ours: it must not be lost."""
+        try:
+            foreign = load_checkpoint(path, foreign=True)[0]["net"] is None
+        except RunError:
+            return
+        if foreign:
+            name = path.name.removesuffix(".pth.tar")
+            way = f"begin with its weights by --restore_file {name} (it is kept under another name), or move it away"
+            raise RunError(f"{path} is another program's; {way}", "checkpoint")
 
     def _restore_best(self, state: Mapping[str, Any] | None) -> dict[str, Any] | None:
         """Makes best.pth.tar agree with the state; a crash can come between publishing the two."""
@@ -384,7 +427,7 @@ class Experiment:
     def _write_metrics(self, val: Mapping[str, Any]) -> None:
         write_json(self.dir / "metrics_val_last_weights.json", {**val, "selected_on": "nothing"})
         if self.best is not None:
-            write_json(self.dir / "metrics_val_best_weights.json", {**self.best, "selected_on": "val"})
+            write_json(self.dir / "metrics_val_best_weights.json", {**self.best, "selected_on": self._selected_on})
 
     def _journal_size(self) -> int:
         return self.journal.stat().st_size if self.journal.exists() else 0

@@ -34,15 +34,19 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_args(arguments)
-    children = plan(args.parent_dir, args.overrides)
+    from model.legacy import as_sections, assumptions  # brings pydantic, which importing this script shall not
+
+    children = plan(args.parent_dir, args.overrides, as_sections)
     if args.dry_run:
         print(table(children))
         return OK
     unfinished = [child for child in children if not child.is_finished()]
     check(unfinished)
-    check_teachers(unfinished)
+    check_teachers(unfinished, as_sections)
     write(unfinished)
     set_logger(args.parent_dir / "search_hyperparameters.log")
+    if assumed := assumptions(children[0].params):
+        log.warning("%s is one of the ancestor's: %s", args.parent_dir / "params.json", "; ".join(assumed))
     status = run(children, Local(args.jobs, args.device))
     log.info("python synthesize_results.py --parent_dir %s", shlex.quote(str(args.parent_dir)))
     return status

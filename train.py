@@ -11,7 +11,7 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,24 +19,25 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from experiment import Experiment, load_teacher_checkpoint, read_status
-from model import data, schema
+from checkpoint import load_checkpoint
+from experiment import Experiment, load_initial, load_teacher_checkpoint, read_status
+from model import data, legacy, nets, schema
 from model.data import DATASETS
 from model.engine import (
     Learner,
     Totals,
-    check_input,
     choose_device,
     choose_precision,
     device_name,
     evaluate,
     place,
+    probe,
     train_epoch,
 )
 from model.errors import InputError
 from model.losses import LOSSES
+from model.losses.base import Loss
 from model.metrics import count_parameters
-from model.nets import NETS
 from model.optim import create_optimizer, create_schedule
 from model.rng import derive_seed
 from model.teacher import FrozenTeacher, create_teacher
@@ -50,6 +51,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--overrides", nargs="+", default=[], metavar="KEY=VALUE", help="such as loss.alpha=0.5")
     parser.add_argument("--seed", type=int, help="short for --overrides seed=N")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    parser.add_argument("--restore_file", metavar="NAME", help="begin with the weights of a file, or of a name here")
     parser.add_argument("--train_teacher", action="store_true", help="train the teacher first if it is not trained")
     parser.add_argument("--restart", action="store_true", help="begin anew and remove what an earlier run left")
     parser.add_argument("--check", action="store_true", help="only check params.json (of several directories, too)")
@@ -70,12 +72,22 @@ def load_params(model_dir: Path, overrides: Sequence[str]) -> Params:
     return params
 
 
+def assumptions(model_dir: Path, overrides: Sequence[str]) -> list[str]:
+    """Returns a line with what was assumed of a params.json of the ancestor; nothing for one of ours."""
+    path = model_dir / "params.json"
+    apply_overrides(raw := read_json(path), overrides)
+    assumed = legacy.assumptions(raw)
+    return [f"{path} is one of the ancestor's: {'; '.join(assumed)}"] if assumed else []
+
+
 def check(model_dirs: Sequence[Path], overrides: Sequence[str]) -> int:
     """Reports every problem of every directory's params; touches nothing."""
     wrong = 0
     for model_dir in model_dirs:
         try:
             load_params(model_dir, overrides)
+            for line in assumptions(model_dir, overrides):
+                print(line)
         except RunError as error:
             wrong += 1
             print(error, file=sys.stderr)
@@ -83,10 +95,38 @@ def check(model_dirs: Sequence[Path], overrides: Sequence[str]) -> int:
     return USAGE if wrong else OK
 
 
+def begin_with(args: argparse.Namespace) -> str | None:
+    """Returns the override that begins with the weights which `--restore_file` names; None where a resume does.
+
+    What another program left under the names that training writes is kept under other names.
+    """
+    model_dir = args.model_dir[0]
+    path = Path(args.restore_file)
+    if path.suffix != ".tar" and not path.is_dir():
+        path = model_dir / f"{args.restore_file}.pth.tar"
+    if path.parent.resolve() == model_dir.resolve() and path.name in ("last.pth.tar", "best.pth.tar"):
+        kept = path.with_name(f"ancestor_{path.name}")
+        if path.exists() and load_checkpoint(path, foreign=True)[0]["net"] is None:
+            for file in (path, path.with_name("last.pth.tar"), path.with_name("best.pth.tar")):
+                if file.exists():
+                    file.rename(file.with_name(f"ancestor_{file.name}"))
+                    log.info("%s is another program's: kept as ancestor_%s", file, file.name)
+        elif path.exists() and path.name == "best.pth.tar" and not kept.exists():
+            line = f"--restore_file best: {model_dir} goes on from its last epoch"
+            raise RunError(f"{line}; to begin with its best weights, name {path} from another directory")
+        elif path.exists() and not kept.exists():
+            return None
+        path = kept
+    log.info("beginning with the weights of %s; optimizer and epochs begin anew", path)
+    return f"student.init_from={path}"
+
+
 def train_teacher(args: argparse.Namespace, params: Params, students: Sequence[Path]) -> None:
     """Trains the teacher of `params` to its end, unless that is done, on the dataset that its student is given."""
     student, teacher_dir = args.model_dir[0], Path(params.teacher["model_dir"])
     if not (teacher_dir / "params.json").is_file() or read_status(teacher_dir) == "completed":
+        return
+    if read_status(teacher_dir) == "pending" and (teacher_dir / "best.pth.tar").exists():  # trained elsewhere
         return
     if teacher_dir.resolve() in students:
         raise RunError(f"teacher {teacher_dir} is taught by its own student; break the circle", "teacher")
@@ -103,7 +143,7 @@ def train_teacher(args: argparse.Namespace, params: Params, students: Sequence[P
         line = f"teacher {teacher_dir} is on dataset {theirs!r}, its student {student} on {ours!r}"
         raise RunError(f"{line}; name the same dataset in both", "teacher")
     log.info("first the teacher, %s", teacher_dir)
-    own = {"model_dir": [teacher_dir], "overrides": shared, "restart": False}
+    own = {"model_dir": [teacher_dir], "overrides": shared, "restart": False, "restore_file": None}
     train(argparse.Namespace(**{**vars(args), **own}), students)
     set_logger(quiet=args.quiet)  # the teacher's train.log ends here
 
@@ -117,7 +157,10 @@ class Run:
     splits: data.Data
     learner: Learner
     teacher: FrozenTeacher | None
+    identity: Mapping[str, str | None]  # what besides params decides the result
+    machine: Mapping[str, Any]
     head: Mapping[str, Any]  # what every checkpoint of this run says of itself
+    lines: Sequence[str]  # what the log begins with
     quiet: bool
 
     def restore(self, state: Mapping[str, Any] | None) -> tuple[int, Totals]:
@@ -140,6 +183,24 @@ class Run:
         totals.means()  # raises where a sum is not finite: no such state may be kept
         position = {"epoch": epoch, "step": totals.steps, "totals": totals.state_dict()}
         return {**self.head, **self.learner.state_dict(), **position}
+
+    def validate(self, after_batch: Callable[..., None] = lambda *_: None) -> dict[str, float]:
+        """Returns the student's scores on the validation split, the loss and its terms among them."""
+        return evaluate(
+            self.learner.student,
+            self.splits.val,
+            precision=self.learner.precision,
+            loss=self.learner.loss,
+            teacher=self.teacher,
+            after_batch=after_batch,
+        )
+
+    def keep(self) -> None:
+        """Scores and saves the student as it begins, as for a teacher whose weights come from elsewhere."""
+        val_metrics = self.validate()
+        record = {"epoch": 0, "learning_rate": 0.0, "train": {}, "val": val_metrics}
+        self.experiment.record(self.snapshot(0, Totals(self.learner.device)), record, {})
+        log.info("no epochs to train: kept as it begins, val accuracy %.4f", val_metrics["accuracy"])
 
     def epoch(self, epoch: int, totals: Totals) -> None:
         """Trains, validates and commits an epoch (from 0), or what is left of it."""
@@ -168,17 +229,11 @@ class Run:
         if totals.samples > done:  # not when only validation was left
             progress["images_per_second"] = (totals.samples - done) / (time.monotonic() - started)
         bar.close()
-        val_metrics = evaluate(
-            self.learner.student,
-            self.splits.val,
-            precision=self.learner.precision,
-            loss=self.learner.loss,
-            teacher=self.teacher,
-            after_batch=pause,
-        )
+        val_metrics = self.validate(pause)
         seconds = time.monotonic() - started
         rate = self.learner.optimizer.param_groups[0]["lr"]
         record = {"epoch": epoch + 1, "learning_rate": rate, "train": train_metrics, "val": val_metrics}
+        self.learner.schedule.observe(record)
         state = self.snapshot(epoch + 1, Totals(self.learner.device))
         is_best = self.experiment.record(state, record, {**progress, "epoch_seconds": seconds})
         left = tqdm.format_interval((self.params.num_epochs - epoch - 1) * seconds)
@@ -200,58 +255,92 @@ def naming(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: {error}", error.reason) from error
 
 
+def prepare(args: argparse.Namespace, params: Params, students: Sequence[Path]) -> Run:
+    """Builds everything that a run of `params` needs; whatever is missing or does not fit ends it here."""
+    model_dir, device = args.model_dir[0], choose_device(args.device)
+    precision = choose_precision(params.precision, device)
+    torch.manual_seed(derive_seed(params.seed, "loss"))
+    loss: Loss = LOSSES.create(params.loss)
+    teacher = teacher_state = teacher_sha = taught = None
+    if loss.needs_teacher:  # before any work: it may be missing
+        teacher_dir, restore_file, *constants = params.teacher.values()
+        if args.train_teacher:
+            train_teacher(args, params, [*students, model_dir.resolve()])
+        teacher_state, teacher_sha = load_teacher_checkpoint(Path(teacher_dir), restore_file)
+    init_from, init_state, init_sha = params.student["init_from"], None, None
+    if init_from:
+        init_state, init_sha = load_initial(Path(init_from))
+
+    with naming(model_dir / "params.json"):
+        splits = data.create(params.dataset, seed=params.seed, device=device)
+        torch.manual_seed(derive_seed(params.seed, "init"))
+        student = nets.create(params.student, splits.num_classes)
+        net_record = {"section": params.student, **splits.facts()}
+        shown = probe(student, params.student["name"], splits.shape)
+        adopted = init_state is not None and nets.adopt(student, init_state["state_dict"], init_from)
+        frozen_norms = nets.freeze(student, params.student)
+        if teacher_state is not None:
+            teacher = create_teacher(teacher_state, f"teacher {teacher_dir}", net_record, *constants)
+            taught = probe(teacher.net, teacher.name, splits.shape)
+            teacher = place(teacher, device)
+        torch.manual_seed(derive_seed(params.seed, "loss"))
+        loss.attach(shown, taught)
+    student, loss = place(student, device), loss.to(device)
+    optimizer = create_optimizer(params.optimizer, [*student.parameters(), *loss.parameters()])
+    schedule = create_schedule(params.schedule, optimizer, params.num_epochs, len(splits.train))
+
+    machine = {"device": device_name(device), "precision": precision, "threads": torch.get_num_threads()}
+    lines = [
+        *assumptions(model_dir, args.overrides),
+        f"{model_dir}: {', '.join(f'{key} {value}' for key, value in machine.items())}",
+        splits.summary,
+        f"student {params.student['name']}: {count_parameters(student):,} parameters",
+        f"loss: {loss.describe()}",
+    ]
+    if init_from:
+        but = "" if adopted else " but for the classifier, which is new: it has another number of classes"
+        lines.append(f"begins with the weights of {init_from}{but}")
+    if teacher is not None and teacher_state is not None:
+        score = evaluate(teacher, splits.val, precision=precision)["accuracy"]
+        reported = teacher_state.get("metrics", {}).get("accuracy")
+        own = "" if reported is None else f", {reported:.4f} in its own run"
+        lines.append(f"teacher {teacher_dir}: {teacher.name}, val accuracy {score:.4f} here{own}")
+    return Run(
+        params=params,
+        experiment=Experiment(model_dir),
+        splits=splits,
+        learner=Learner(student, loss, optimizer, schedule, precision, frozen_norms),
+        teacher=teacher,
+        identity={"data": splits.fingerprint, "teacher": teacher_sha, "init": init_sha, "precision": precision},
+        machine=machine,
+        head={"net": net_record, "params": params.dict, **machine},
+        lines=lines,
+        quiet=args.quiet,
+    )
+
+
 def train(args: argparse.Namespace, students: Sequence[Path] = ()) -> int:
     """Trains `args.model_dir`, whose own students, if it is trained as a teacher, are `students`."""
     model_dir = args.model_dir[0]
     params = load_params(model_dir, args.overrides)
-    experiment = Experiment(model_dir)
-    if not args.restart and experiment.is_finished(params):
+    if args.restore_file and (override := begin_with(args)):
+        args.overrides.append(override)
+        params = load_params(model_dir, args.overrides)
+    if not args.restart and Experiment(model_dir).is_finished(params):
         log.info("%s is finished: %d epochs. Nothing to do; --restart begins anew.", model_dir, params.num_epochs)
         return OK
-
-    torch.manual_seed(derive_seed(params.seed, "loss"))
-    loss = LOSSES.create(params.loss)
-    teacher_state = teacher_sha = None
-    if loss.needs_teacher:  # before any work: it may be missing
-        teacher_dir = Path(params.teacher["model_dir"])
-        if args.train_teacher:
-            train_teacher(args, params, [*students, model_dir.resolve()])
-        teacher_state, teacher_sha = load_teacher_checkpoint(teacher_dir, params.teacher["restore_file"])
-
-    device = choose_device(args.device)
-    precision = choose_precision(params.precision, device)
-    with naming(model_dir / "params.json"):
-        splits = data.create(params.dataset, seed=params.seed, device=device)
-        torch.manual_seed(derive_seed(params.seed, "init"))
-        student = place(NETS.create(params.student, splits.num_classes), device)
-        check_input(student, params.student["name"], splits.shape)
-    net_record = {"section": params.student, **splits.facts()}
-    teacher = None
-    if teacher_state is not None:
-        teacher = place(create_teacher(teacher_state, f"teacher {teacher_dir}", net_record), device)
-    loss = loss.to(device)
-    optimizer = create_optimizer(params.optimizer, [*student.parameters(), *loss.parameters()])
-    schedule = create_schedule(params.schedule, optimizer, params.num_epochs, len(splits.train))
-    learner = Learner(student, loss, optimizer, schedule, precision)
-
-    machine = {"device": device_name(device), "precision": precision, "threads": torch.get_num_threads()}
-    identity = {"data": splits.fingerprint, "teacher": teacher_sha, "precision": precision}
-    head = {"net": net_record, "params": params.dict, **machine}
-    run = Run(params, experiment, splits, learner, teacher, head, args.quiet)
-    with experiment.attempt(params, identity, restart=args.restart, **machine, overrides=args.overrides) as state:
+    run = prepare(args, params, students)
+    details = {**run.machine, "overrides": args.overrides}
+    with run.experiment.attempt(params, run.identity, restart=args.restart, **details) as state:
         set_logger(model_dir / "train.log", args.quiet)
-        log.info("%s: %s", model_dir, ", ".join(f"{key} {value}" for key, value in machine.items()))
-        log.info("%s", splits.summary)
-        log.info("student %s: %s parameters", params.student["name"], f"{count_parameters(student):,}")
-        log.info("loss: %s", loss.describe())
-        if teacher is not None and teacher_state is not None:
-            score = evaluate(teacher, splits.val, precision=precision)["accuracy"]
-            name, reported = teacher_state["net"]["section"]["name"], teacher_state["metrics"]["accuracy"]
-            log.info("teacher %s: %s, val accuracy %.4f here, %.4f in its own run", teacher_dir, name, score, reported)
+        for line in run.lines:
+            log.info("%s", line)
         first, totals = run.restore(state)
+        if params.num_epochs == 0 and state is None:
+            run.keep()
         for epoch in range(first, params.num_epochs):
             run.epoch(epoch, totals)
-            totals = Totals(device)
+            totals = Totals(run.learner.device)
     return OK
 
 

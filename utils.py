@@ -164,10 +164,17 @@ class Params:
 
     Args:
         values: Every key with its value, sections as dicts.
+        resolve: What completed them.
     """
 
-    def __init__(self, values: dict[str, Any]) -> None:
+    def __init__(self, values: dict[str, Any], resolve: Resolve | None = None) -> None:
         self.dict = values
+        self._resolve = resolve
+
+    def complete(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Returns older params of the same kind with the options that have come since, at their defaults."""
+        completed, problems = self._resolve(values) if self._resolve else ({}, [])
+        return values if problems else completed or values
 
     def __getattr__(self, key: str) -> Any:
         try:
@@ -199,7 +206,7 @@ class Params:
         if problems:
             lines = [f"{origin.get(key, path)}: {key}: {text}" for key, text in problems]
             raise RunError("\n".join(lines), "params")
-        return cls(values)
+        return cls(values, resolve)
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Iterable[str]) -> list[str]:

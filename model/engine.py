@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from model.errors import DivergedError, InputError
 from model.losses.base import Loss
 from model.optim import Schedule
-from model.outputs import Batch, Outputs
+from model.outputs import Batch, Outputs, Probe
 from model.rng import derive_seed
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -84,31 +84,44 @@ def outputs_of(net: nn.Module, images: Tensor, needs: frozenset[str]) -> Outputs
     return net.forward_with_features(images).float()  # type: ignore[operator]
 
 
-def check_input(net: nn.Module, name: str, shape: Sequence[int]) -> None:
-    """Sees whether a net takes images of a shape `(C, H, W)`; nothing is computed.
+def probe(net: nn.Module, name: str, shape: Sequence[int]) -> Probe:
+    """Shows a net one image of a shape `(C, H, W)` on the meta device; nothing is computed.
 
     Raises:
-        InputError: With the net's own reason.
+        InputError: The net does not take it; with the net's own reason.
     """
     dummy = copy.deepcopy(net).to("meta").eval()
+    image = torch.empty(1, *shape, device="meta")
     try:
         with torch.no_grad():
-            dummy(torch.empty(1, *shape, device="meta"))
+            tell = getattr(dummy, "forward_with_features", lambda images: Outputs(dummy(images)))
+            outputs = tell(image)
     except (RuntimeError, ValueError, AssertionError) as error:
         size = "x".join(map(str, shape))
         why = str(error).partition("\n")[0]
         raise InputError(f"net {name!r} does not take the dataset's images of {size}: {why}") from None
+    return Probe(name, net, outputs)
 
 
 @dataclass
 class Learner:
-    """Everything that training changes, and nothing else."""
+    """Everything that training changes.
+
+    Attributes:
+        student: The net that learns.
+        loss: The objective, with whatever it trains besides the student.
+        optimizer: Over the parameters of both.
+        schedule: Of the optimizer's learning rate.
+        precision: fp32, bf16 or fp16.
+        frozen_norms: Batch norms of the student that stay in eval mode.
+    """
 
     student: nn.Module
     loss: Loss
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     precision: str = "fp32"
+    frozen_norms: Sequence[nn.Module] = ()
     scaler: torch.amp.GradScaler = field(init=False)
 
     def __post_init__(self) -> None:
@@ -132,6 +145,7 @@ class Learner:
             "state_dict": self.student.state_dict(),
             "loss_dict": self.loss.state_dict(),
             "optim_dict": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
 
@@ -140,6 +154,7 @@ class Learner:
         self.student.load_state_dict(state["state_dict"])
         self.loss.load_state_dict(state["loss_dict"])
         self.optimizer.load_state_dict(state["optim_dict"])
+        self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
 
 
@@ -216,7 +231,8 @@ def train_epoch(
         after_step: Called after each step, on a boundary at which the learner may be saved; it may raise.
 
     Returns:
-        Means over the samples of `loss`, each of its terms, and `accuracy` (of the student in train mode).
+        Means over the samples of `loss`, each of its terms, `accuracy` and, with more than 5 classes, `accuracy_top5`
+        (of the student in train mode).
 
     Raises:
         DivergedError: The loss is not finite.
@@ -225,21 +241,25 @@ def train_epoch(
     totals = totals or Totals(device)
     student.train()
     loss.train()
-    for step, batch in enumerate(loader.epoch(epoch, totals.steps), start=totals.steps):
-        torch.manual_seed(derive_seed(seed, "step", epoch, step))
-        learner.schedule.set(epoch, step)
-        with autocast(learner.precision, device):
-            teacher_outputs = None if teacher is None else outputs_of(teacher, batch.images, loss.needs)
-            student_outputs = outputs_of(student, batch.images, loss.needs)
-        terms = loss(student_outputs, teacher_outputs, batch)
-        total = torch.stack(list(terms.values())).sum()
-        learner.optimizer.zero_grad(set_to_none=True)
-        learner.scaler.scale(total).backward()
-        learner.scaler.step(learner.optimizer)
-        learner.scaler.update()
-        hits = (student_outputs.logits.argmax(1) == batch.labels).sum()
-        totals.add({"accuracy": hits}, {"loss": total, **terms}, len(batch.labels))
-        after_step()
+    for norm in learner.frozen_norms:
+        norm.eval()
+    by_batch = loss.teacher_statistics == "batch"
+    with batch_statistics(teacher) if teacher is not None and by_batch else contextlib.nullcontext():
+        for step, batch in enumerate(loader.epoch(epoch, totals.steps), start=totals.steps):
+            torch.manual_seed(derive_seed(seed, "step", epoch, step))
+            learner.schedule.set(epoch, step)
+            with autocast(learner.precision, device):
+                teacher_outputs = None if teacher is None else outputs_of(teacher, batch.images, loss.needs)
+                student_outputs = outputs_of(student, batch.images, loss.needs)
+            terms = loss(student_outputs, teacher_outputs, batch)
+            total = torch.stack(list(terms.values())).sum()
+            learner.optimizer.zero_grad(set_to_none=True)
+            learner.scaler.scale(total).backward()
+            learner.scaler.step(learner.optimizer)
+            learner.scaler.update()
+            hits = correct(student_outputs.logits, batch.labels)
+            totals.add(hits, {"loss": total, **terms}, len(batch.labels))
+            after_step()
     return totals.means()
 
 
@@ -293,6 +313,20 @@ def correct(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     if logits.shape[1] > 5:
         counts["accuracy_top5"] = (logits.topk(5, dim=1).indices == labels[:, None]).sum()
     return counts
+
+
+@contextlib.contextmanager
+def batch_statistics(net: nn.Module) -> Iterator[None]:
+    """Lets a net's batch norms normalise with each batch's own statistics; their buffers and their mode stay."""
+    norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    modes = [(norm.training, norm.track_running_stats) for norm in norms]
+    for norm in norms:
+        norm.training, norm.track_running_stats = True, False
+    try:
+        yield
+    finally:
+        for norm, mode in zip(norms, modes, strict=True):
+            norm.training, norm.track_running_stats = mode
 
 
 @contextlib.contextmanager

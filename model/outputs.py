@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -13,8 +13,8 @@ class Outputs:
 
     Attributes:
         logits: `(N, C)`.
-        features: A map `(N, C_i, H_i, W_i)` for each stage, after the stage's last ReLU.
-        preacts: The same maps before that ReLU.
+        features: A map `(N, C_i, H_i, W_i)` for each stage, after the stage's last activation.
+        preacts: The same maps before that activation.
         embedding: `(N, D)`, the input of the classifier.
     """
 
@@ -34,6 +34,21 @@ class Outputs:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """A net and the shapes that it makes, for a loss that must fit something between two of them.
+
+    Attributes:
+        name: The net, for messages.
+        net: The net itself, on its device; for reading.
+        outputs: What it makes of one image, on the meta device: shapes `(1, ...)` and no values.
+    """
+
+    name: str
+    net: nn.Module
+    outputs: Outputs
+
+
+@dataclass(frozen=True)
 class Batch:
     """A batch of samples under the view that their epoch gives them.
 
@@ -42,7 +57,8 @@ class Batch:
         labels: `(N,)` int64.
         indices: `(N,)` int64, the samples' positions in the dataset's own training (or test) list, whatever
             part of it was drawn.
-        views: `(N,)` int64, which of the augmentation's views each image shows; 0 is the plain image.
+        views: `(N,)` int64, which of the augmentation's views each image shows; 0 is the plain image, -1 a view out of
+            too many to be numbered.
     """
 
     images: Tensor

@@ -17,9 +17,12 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import Field
 
 from model.data import DATASETS
+from model.data.augmentations import TRANSFORMS
+from model.legacy import flat_options, is_flat, translate
 from model.losses import LOSSES
 from model.nets import NETS
 from model.optim import OPTIMIZERS, SCHEDULES
+from model.optim import check as check_optim
 from model.registry import Problem, Registry, check_options, options_model, options_of, suggest
 
 SECTIONS: dict[str, Registry] = {
@@ -34,7 +37,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {"loss": {"name": "ce"}, "schedule": {"nam
 
 def run_options(
     *,
-    num_epochs: Annotated[int, Field(ge=1, le=1_000_000)],
+    num_epochs: Annotated[int, Field(ge=0, le=1_000_000)],
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 230,
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 10.0,
@@ -42,7 +45,7 @@ def run_options(
     """Options at the top level of params.json.
 
     Args:
-        num_epochs: Passes over the training set.
+        num_epochs: Passes over the training set; with 0 the net is scored and kept as it begins (a pretrained one).
         seed: Decides initial weights, order, augmentation and dropout.
         precision: What the nets compute in; `auto` is bf16 where the device has it in hardware, else fp32. Losses
             are always float32.
@@ -50,12 +53,20 @@ def run_options(
     """
 
 
-def teacher_options(*, model_dir: str, restore_file: Literal["best", "last"] = "best") -> None:
+def teacher_options(
+    *,
+    model_dir: str,
+    restore_file: Literal["best", "last"] = "best",
+    mean: list[float] | None = None,
+    std: list[Annotated[float, Field(gt=0)]] | None = None,
+) -> None:
     """The teacher: another experiment directory. A plain text stands for its `model_dir`.
 
     Args:
         model_dir: The teacher's directory, from where the command is run.
         restore_file: Which of its checkpoints: `best` on its validation split, or `last`.
+        mean: What the teacher's images were normalised with, per channel; null: what its checkpoint says.
+        std: The same for the standard deviation.
     """
 
 
@@ -63,13 +74,17 @@ def resolve(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     """Checks the whole of a params.json and fills in every default.
 
     Args:
-        raw: What the file holds, overrides applied.
+        raw: What the file holds, overrides applied; the ancestor's flat keys, too.
 
     Returns:
         The complete params, and every problem found as (dotted key, text). With problems the params are unusable.
     """
     values: dict[str, Any] = {}
     problems: list[Problem] = []
+    if is_flat(raw):
+        raw, _, problems = translate(raw)
+        if problems:
+            return values, problems
     own = {key: value for key, value in raw.items() if key not in (*SECTIONS, "teacher")}
     known = [*options_of(run_options), *SECTIONS, "teacher"]
     for key in [key for key in own if key not in known]:
@@ -121,11 +136,9 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[Problem]:
     if loss.needs_teacher and values["teacher"] is None:
         text = f'loss {values["loss"]["name"]!r} needs a teacher; add "teacher": "experiments/<its directory>"'
         yield "teacher", text
-    warmup = values["schedule"]["warmup_epochs"]
-    if warmup > values["num_epochs"]:
-        yield "schedule.warmup_epochs", f"{warmup:g} is above num_epochs, {values['num_epochs']}"
-    if values["optimizer"].get("nesterov") and not values["optimizer"]["momentum"]:
-        yield "optimizer.nesterov", "needs a momentum above 0"
+    if values["student"].get("pretrained") and values["student"]["init"] != "default":
+        yield "student.init", "would overwrite the pretrained weights; remove one of the two"
+    yield from check_optim(values["optimizer"], values["schedule"], values["num_epochs"])
 
 
 # --- the reference ----------------------------------------------------------------------------------------
@@ -134,7 +147,7 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[Problem]:
 def reference() -> str:
     """Returns the params.json reference as Markdown, made from signatures and docstrings."""
     parts = ["#### Top level", "", *_table(run_options), "", "#### `teacher`", "", *_table(teacher_options)]
-    for section, registry in SECTIONS.items():
+    for section, registry in {**SECTIONS, "dataset.augmentation": TRANSFORMS}.items():
         parts += ["", f"#### `{section}`", ""]
         if registry.common:
             parts += ["Every entry:", "", *_table(registry.common), ""]
@@ -143,6 +156,7 @@ def reference() -> str:
             shown = f"{name}<name>" if name.endswith("/") else name
             options = "<br>".join(_option(*row) for row in _rows(entry))
             parts.append(f"| `{shown}` | {_summary(entry)} | {options} |")
+    parts += ["", "#### The ancestor's flat keys", "", *_table(flat_options)]
     return "\n".join(parts) + "\n"
 
 
@@ -190,6 +204,8 @@ def _kind(annotation: Any) -> str:
         return " ".join([_kind(base), ", ".join(limits)]).strip()
     if get_origin(annotation) is Literal:
         return " or ".join(f"`{value}`" for value in get_args(annotation))
+    if get_origin(annotation) is dict:
+        return "object"
     if get_origin(annotation) is list:
         return f"list of {_kind(get_args(annotation)[0])}"
     if get_args(annotation):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from model import nets
 from model.errors import InputError
+from model.legacy import net_record
 from model.outputs import Outputs
 
 
@@ -22,6 +23,7 @@ class FrozenTeacher(nn.Module):
         net: Takes images normalised with its own training set's constants.
         mean, std: The constants that the images given to `forward` are normalised with, per channel.
         net_mean, net_std: The constants that `net` was trained with.
+        name: What net it is, for messages.
     """
 
     scale: Tensor
@@ -34,9 +36,11 @@ class FrozenTeacher(nn.Module):
         std: Sequence[float] = (),
         net_mean: Sequence[float] = (),
         net_std: Sequence[float] = (),
+        name: str = "",
     ) -> None:
         super().__init__()
         self.net = net.requires_grad_(False)
+        self.name = name
         self.same_input = list(mean) == list(net_mean) and list(std) == list(net_std)
         if not self.same_input:
             a, b, c, d = (torch.tensor(v).view(1, -1, 1, 1) for v in (mean, std, net_mean, net_std))
@@ -60,18 +64,32 @@ class FrozenTeacher(nn.Module):
         return images if self.same_input else images * self.scale + self.shift
 
 
-def create_teacher(state: Mapping[str, Any], where: str, student: Mapping[str, Any]) -> FrozenTeacher:
+def create_teacher(
+    state: Mapping[str, Any],
+    where: str,
+    student: Mapping[str, Any],
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> FrozenTeacher:
     """Returns the frozen net of a teacher's checkpoint, fitted to the student's data.
 
     Args:
-        state: The teacher's checkpoint.
+        state: The teacher's checkpoint. One of the ancestor's does not say what net it is (`net` is None): then its
+            directory's `params` do.
         where: Its file, for messages.
         student: The student's `net` record, as its checkpoint will hold it: classes, image shape, normalisation.
+        mean, std: What the teacher's images were normalised with, if not with what its checkpoint says.
 
     Raises:
         InputError: The teacher was trained for other classes, another order of them, or other image sizes.
     """
-    teacher = state["net"]
+    teacher = {**(state["net"] or net_record(state["params"], student))}
+    for key, given in (("mean", mean), ("std", std)):
+        if given is not None and len(given) != student["shape"][0]:
+            raise InputError(
+                f"teacher.{key}: {len(given)} values for images of {student['shape'][0]} channels", "teacher"
+            )
+        teacher[key] = list(teacher[key] if given is None else given)
     if teacher["num_classes"] != student["num_classes"]:
         raise InputError(
             f"{where}: the teacher has {teacher['num_classes']} classes but the student has {student['num_classes']};"
@@ -91,5 +109,7 @@ def create_teacher(state: Mapping[str, Any], where: str, student: Mapping[str, A
             f" {student['shape']}; use the same image size for both",
             "teacher",
         )
-    net = nets.restore(state, where)
-    return FrozenTeacher(net, student["mean"], student["std"], teacher["mean"], teacher["std"])
+    net = nets.restore({**state, "net": teacher}, where)
+    return FrozenTeacher(
+        net, student["mean"], student["std"], teacher["mean"], teacher["std"], teacher["section"]["name"]
+    )

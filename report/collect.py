@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experiment import read_status
-from utils import RunError, apply_overrides, flatten, read_json
+from utils import RunError, apply_overrides, flatten, read_json, set_option
 
 STATES = ("completed", "running", "pending", "interrupted", "stale", "pruned", "failed")
 SOURCES = ("val_best", "val_last", "test_best", "test_last")  # of metrics_<source>_weights.json
 NUMBERS = ("accuracy", "cross_entropy", "epoch")  # a metrics file may hold text too, but not under these names
+# The ancestor's params.json is flat; here are the columns that its keys share with ours.
+FLAT = {
+    "model_version": "student.name",
+    "dropout_rate": "student.dropout_rate",
+    "num_channels": "student.num_channels",
+    "alpha": "loss.alpha",
+    "temperature": "loss.temperature",
+    "learning_rate": "optimizer.learning_rate",
+    "batch_size": "dataset.batch_size",
+    "subset_percent": "dataset.subset_fraction",
+    "augmentation": "dataset.augmentation",
+    "num_workers": "dataset.num_workers",
+}
 MAX_FAULT = 200  # characters: a reason may quote what it found
 
 
@@ -84,7 +98,7 @@ def read_row(folder: Path, files: list[str]) -> Row:
     for source in SOURCES:
         name = f"metrics_{source}_weights.json"
         for key, value in read(name).items():
-            if _is_number(value):
+            if is_number(value):
                 metrics[f"{source}.{key}"] = value
             elif key in NUMBERS and value is not None:
                 faults.append(f"{name}: {key} is not a number")
@@ -103,13 +117,24 @@ def read_row(folder: Path, files: list[str]) -> Row:
 def read_options(raw: dict[str, Any], run: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """Returns the keys that were chosen, and every option as it ran or, before a run, as params.json has it."""
     apply_overrides(raw, [text for attempt in run.get("attempts", []) for text in attempt.get("overrides", [])])
-    chosen, ran = flatten(_sections(raw)), flatten(_sections(run.get("params", {})))
+    chosen, ran = flatten(_sections(_from_flat(raw))), flatten(_sections(run.get("params", {})))
     known = {key.partition(".")[0] for key in ran}
     # A key that a run lacks in a section that it has was put into params.json later: it is not what ran.
     options = {key: value for key, value in chosen.items() if key.partition(".")[0] not in known}
     # As written where that is the same number: a row that ran says 4 like its pending neighbour, not 4.0.
     options |= {key: chosen[key] if key in chosen and chosen[key] == value else value for key, value in ran.items()}
     return list(chosen), {key: _plain(value) for key, value in options.items() if value is not None}
+
+
+def _from_flat(raw: dict[str, Any]) -> dict[str, Any]:
+    """Returns the ancestor's params with its options in our sections, as they stand there; ours unchanged."""
+    if "model_version" not in raw:
+        return raw
+    params = {key: value for key, value in raw.items() if key not in (*FLAT, "save_summary_steps")}
+    for key, place in FLAT.items():
+        if key in raw:
+            set_option(params, place, raw[key])
+    return params
 
 
 def _sections(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,10 +144,11 @@ def _sections(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> str | int | float:
-    return value if isinstance(value, str) or _is_number(value) else json.dumps(value)
+    return value if isinstance(value, str) or is_number(value) else json.dumps(value)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Tells whether a value of JSON is a number that can be computed with."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max  # JSON has integers that no float holds
 
 
@@ -133,3 +159,37 @@ def describe(state: str, run: Mapping[str, Any]) -> str:
     reason = f" ({run['reason']})" if state == "failed" and run.get("reason") else ""
     where = f"epoch {run.get('epoch', '?')} of {run.get('num_epochs', '?')}"
     return f"running, {where}" if state == "running" else f"{state}{reason} at {where}"
+
+
+def compare_temperatures(rows: Sequence[Row]) -> list[str]:
+    """Returns a line for each teacher whose runs differ in T: the best T, and the one that calibrates the teacher."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        teacher, which = row.options.get("teacher.model_dir"), row.options.get("teacher.restore_file", "best")
+        is_scored = is_number(row.options.get("loss.temperature")) and "val_best.accuracy" in row.metrics
+        # Before a run, a flat params.json names a teacher's net, not its directory.
+        if is_scored and isinstance(teacher, str) and row.state != "pending":
+            groups.setdefault((teacher, which), []).append(row)
+    lines = []
+    for (teacher, which), group in groups.items():
+        if len({row.options["loss.temperature"] for row in group}) > 1:
+            best = max(group, key=lambda row: row.metrics["val_best.accuracy"])
+            score = f"{best.options['loss.temperature']:g} (val accuracy {best.metrics['val_best.accuracy']:.4f})"
+            lines.append(f"best T of these runs: {score}; {_calibration(teacher, which, Path(best.path))}")
+    return lines
+
+
+def _calibration(teacher: str, which: str, student_dir: Path) -> str:
+    """Returns the calibrated T of a teacher, or the command that finds it."""
+    try:
+        found = read_json(Path(teacher, f"calibration_val_{which}.json"))
+        taught = read_json(student_dir / "run.json").get("teacher")
+    except RunError:
+        found = {}
+    if not is_number(found.get("temperature")):
+        command = f"python evaluate.py --model_dir {shlex.quote(teacher)} --split val --calibrate"
+        if which != "best":
+            command += f" --restore_file {which}"
+        return f"the teacher {teacher} is not calibrated: `{command}`"
+    others = "" if found.get("checkpoint_sha256") == taught else ", with other weights than taught these runs"
+    return f"calibrated T of the teacher {teacher}: {found['temperature']:.2f} (NLL on val{others})"

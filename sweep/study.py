@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -33,6 +33,8 @@ from utils import RunError, read_json
 CHECKED_AT_ONCE = 1_000  # directories on one command line, which has a limit
 POLL_SECONDS = 0.1
 MAX_CONSOLE_BYTES = 100_000_000  # a child that prints without end must not fill the disk of all the others
+
+AsSections = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
 @dataclass
@@ -89,8 +91,13 @@ class Child:
         return "".join(char if char.isprintable() else "?" for char in "".join(lines[-1:]).strip()[:200])
 
 
-def plan(parent: Path, overrides: Sequence[str] = ()) -> list[Child]:
+def plan(parent: Path, overrides: Sequence[str] = (), as_sections: AsSections = dict) -> list[Child]:
     """Returns the children of a search, in its order; only reads.
+
+    Args:
+        parent: The directory with the reference and the space.
+        overrides: Texts `key=value`, for every child.
+        as_sections: Turns raw params of another shape into sections, in which two of them are compared.
 
     Raises:
         RunError: The parent's params.json, its search.json or an override is wrong, or a child has other params.
@@ -107,7 +114,12 @@ def plan(parent: Path, overrides: Sequence[str] = ()) -> list[Child]:
             utils.set_option(child.params, key, value)
         children.append(child)
         existing = child.dir / "params.json"
-        found = utils.differences(read_json(existing), child.params) if existing.exists() else {}
+        if not existing.exists():
+            continue
+        present = read_json(existing)
+        found = utils.differences(as_sections(present), as_sections(child.params))
+        if not found:
+            child.params = present  # the same in other words may stay as it is
         if changes := {key: change for key, change in found.items() if key not in MAY_CHANGE}:
             listed = "; ".join(f"{key}: {change}" for key, change in changes.items())
             way = "remove that directory or undo the change"
@@ -147,9 +159,14 @@ def check(children: Sequence[Child]) -> None:
         raise RunError("\n".join(lines).replace(temporary, str(children[0].dir.parent)), "params")
 
 
-def check_teachers(children: Sequence[Child]) -> None:
-    """Raises if a teacher that children name is not there, or not trained: each of them would only find it too."""
-    for teacher in {json.dumps(child.params.get("teacher"), sort_keys=True) for child in children}:
+def check_teachers(children: Sequence[Child], as_sections: AsSections = dict) -> None:
+    """Raises if a teacher that children name is not there, or not trained: each of them would only find it too.
+
+    Args:
+        children: Those that are to be run.
+        as_sections: As for `plan`.
+    """
+    for teacher in {json.dumps(as_sections(child.params).get("teacher"), sort_keys=True) for child in children}:
         section = json.loads(teacher)
         if section is not None:
             section = {"model_dir": section} if isinstance(section, str) else section

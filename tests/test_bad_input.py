@@ -38,7 +38,7 @@ def refused(script: Script, folder: Path, *arguments: Any, tree: Path | None = N
         ({"num_epochs": "2"}, "num_epochs", "expected a whole number, got '2'"),
         ({"num_epochs": True}, "num_epochs", "expected a whole number, got True"),
         ({"num_epochs": 2.5}, "num_epochs", "expected a whole number, got 2.5"),
-        ({"num_epochs": 0}, "num_epochs", "0 is below 1"),
+        ({"num_epochs": -1}, "num_epochs", "-1 is below 0"),
         ({"num_epochs": None}, "num_epochs", "is missing"),
         ({"seed": -1}, "seed", "-1 is below 0"),
         ({"seed": 2**64}, "seed", "is not below"),
@@ -80,7 +80,7 @@ def test_a_wrong_option_is_one_line_with_file_key_and_remedy(
 
 
 def test_all_problems_are_reported_at_once(script: Script, make_experiment: Make) -> None:
-    folder = make_experiment(num_epochs=0, student={"width": "4"}, optimizer={"lr": 1}, seed=1.5)
+    folder = make_experiment(num_epochs=-1, student={"width": "4"}, optimizer={"lr": 1}, seed=1.5)
     lines = refused(script, folder)
     keys = [line.split(": ")[1] for line in lines]
     assert sorted(keys) == ["num_epochs", "optimizer.lr", "seed", "student.width"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers import Make, Script, snapshot
 
 import evaluate
@@ -197,3 +198,88 @@ def test_overrides_that_made_the_run_are_remembered(script: Script, make_experim
     assert script(evaluate, "--model_dir", folder).status == 0
     header, *_ = read_csv(folder / "confusion_test_best_weights.csv")
     assert len(header) == 4
+
+
+def test_scores_at_a_temperature_are_written_like_the_ancestors_analysis(
+    script: Script, pair: tuple[Path, Path]
+) -> None:
+    _, student = pair
+    assert script(evaluate, "--model_dir", student, "--temperature", "4", "--save_predictions").status == 0
+    table = read_npz(student / "predictions_test_best_weights.npz")
+    logits, labels = table["logits"].astype(np.float64) / 4, table["labels"]
+    expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    scores, hits, confusion = (
+        np.loadtxt(student / f"test_temp4.0_{name}.txt")
+        for name in ("softmax_scores", "predict_correct", "confusion_matrix")
+    )
+    np.testing.assert_allclose(scores, expected, rtol=1e-12)
+    np.testing.assert_array_equal(hits, logits.argmax(1) == labels)
+    for true, predicted in np.ndindex(confusion.shape):
+        assert confusion[true, predicted] == ((labels == true) & (logits.argmax(1) == predicted)).sum()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_every_split_is_analysed_in_an_order_that_two_nets_share(
+    script: Script, pair: tuple[Path, Path], split: str
+) -> None:
+    tables = []
+    for folder in pair:
+        assert script(evaluate, "--model_dir", folder, "--split", split, "--save_predictions").status == 0
+        tables.append(read_npz(folder / f"predictions_{split}_best_weights.npz"))
+    assert np.array_equal(tables[0]["indices"], tables[1]["indices"])
+    assert np.array_equal(tables[0]["labels"], tables[1]["labels"])
+    assert (np.diff(tables[0]["indices"]) > 0).all()
+    assert np.allclose(tables[0]["logits"], tables[1]["teacher_logits"])
+
+
+@pytest.mark.parametrize("temperature", ["0", "-1", "inf", "nan", "warm"])
+def test_a_temperature_that_is_none_is_refused(script: Script, pair: tuple[Path, Path], temperature: str) -> None:
+    ended = script(evaluate, "--model_dir", pair[0], "--temperature", temperature)
+    assert ended.status == 2
+    assert "--temperature" in ended.err
+
+
+def test_calibration_finds_the_temperature_of_the_least_loss(script: Script, pair: tuple[Path, Path]) -> None:
+    teacher, _ = pair
+    assert script(evaluate, "--model_dir", teacher, "--split", "val", "--calibrate", "--save_predictions").status == 0
+    found = json.loads((teacher / "calibration_val_best.json").read_text())
+    table = read_npz(teacher / "predictions_val_best_weights.npz")
+    logits, labels = table["logits"].astype(np.float64), table["labels"]
+
+    def loss(temperature: float) -> float:
+        scaled = logits / temperature
+        return float((np.log(np.exp(scaled).sum(1)) - scaled[np.arange(len(labels)), labels]).mean())
+
+    grid = np.exp(np.linspace(np.log(0.05), np.log(20), 400))
+    assert loss(found["temperature"]) <= min(loss(t) for t in grid) + 1e-9
+    assert found["nll_before"] == pytest.approx(loss(1.0))
+    assert found["nll_after"] == pytest.approx(loss(found["temperature"]))
+    assert found["split"] == "val"
+    assert found["checkpoint_sha256"] == load_checkpoint(teacher / "best.pth.tar")[1]
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_checkpoint_of_the_ancestor_is_scored_like_ours(script: Script, make_experiment: Make, prefix: str) -> None:
+    ours, foreign = make_experiment("ours"), make_experiment("foreign")
+    assert script(train, "--model_dir", ours).status == 0
+    state = load_checkpoint(ours / "best.pth.tar")[0]
+    weights = {prefix + k: v for k, v in state["state_dict"].items() if not k.endswith("num_batches_tracked")}
+    torch.save({"epoch": 3, "state_dict": weights, "optimizer": state["optim_dict"]}, foreign / "best.pth.tar")
+    for folder in (ours, foreign):
+        ended = script(evaluate, "--model_dir", folder)
+        assert ended.status == 0, ended
+    one, other = (json.loads((f / "metrics_test_best_weights.json").read_text()) for f in (ours, foreign))
+    assert other["accuracy"] == one["accuracy"]
+    assert other["cross_entropy"] == pytest.approx(one["cross_entropy"], rel=1e-6)
+    assert (one["selected_on"], other["selected_on"]) == ("val", "test")  # the ancestor's best is the best on test
+
+
+def test_a_run_that_selected_on_the_test_split_says_so(script: Script, make_experiment: Make) -> None:
+    folder = make_experiment(dataset={"validate_on": "test"})
+    assert script(train, "--model_dir", folder).status == 0
+    assert script(evaluate, "--model_dir", folder).status == 0
+    for name in ("metrics_val_best_weights.json", "metrics_test_best_weights.json"):
+        assert json.loads((folder / name).read_text())["selected_on"] == "test"
+    val, test = (json.loads((folder / f"metrics_{s}_best_weights.json").read_text()) for s in ("val", "test"))
+    assert val["accuracy"] == test["accuracy"]
+    assert "TEST SPLIT" in (folder / "train.log").read_text()

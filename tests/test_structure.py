@@ -26,7 +26,7 @@ ALLOWED = {
     **{script: OURS - set(SCRIPTS) for script in SCRIPTS},
 }
 # inside model/: a part may import those below it
-BOTTOM = {"registry", "outputs", "errors", "rng", "plugins"}
+BOTTOM = {"registry", "outputs", "errors", "rng", "plugins", "legacy"}
 PARTS = {
     **dict.fromkeys(BOTTOM, BOTTOM),
     "nets": BOTTOM,
@@ -35,6 +35,7 @@ PARTS = {
     "metrics": BOTTOM,
     "optim": BOTTOM,
     "teacher": {*BOTTOM, "nets"},
+    "sizes": {*BOTTOM, "nets", "metrics"},
     "engine": {*BOTTOM, "nets", "losses", "data", "optim", "teacher"},
     "schema": {*BOTTOM, "nets", "losses", "data", "optim"},
 }

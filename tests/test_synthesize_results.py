@@ -8,8 +8,11 @@ import threading
 from pathlib import Path
 
 import pytest
+from helpers import Make, Script
 
 import synthesize_results
+import train
+from report.plots import points, read_journal
 from utils import RunError, write_json
 
 ROOT = Path(__file__).parent.parent
@@ -149,6 +152,87 @@ def test_reading_while_runs_write_never_raises(tmp_path: Path, monkeypatch: pyte
         thread.join()
 
 
+def write_journal(folder: Path, *accuracies: float) -> None:
+    records = [{"epoch": epoch, "val": {"accuracy": value}} for epoch, value in enumerate(accuracies, 1)]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+
+
+def images(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
+
+
+def test_plots_draws_each_run_and_all_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a", 0.5)
+    write(tmp_path / "b" / "c", 0.75)
+    write(tmp_path / "pending")
+    write_journal(tmp_path / "a", 0.25, 0.5)
+    write_journal(tmp_path / "b" / "c", 0.75)
+    assert synthesize(monkeypatch, "--parent_dir", tmp_path) == 0
+    assert images(tmp_path) == []
+    assert synthesize(monkeypatch, "--parent_dir", tmp_path, "--plots") == 0
+    assert images(tmp_path) == ["a/curves.png", "b/c/curves.png", "comparison.png"]
+    assert "warning" not in (tmp_path / "results.md").read_text()
+    drawn = {name: (tmp_path / name).read_bytes() for name in images(tmp_path)}
+    assert synthesize(monkeypatch, "--parent_dir", tmp_path, "--plots") == 0
+    assert {name: (tmp_path / name).read_bytes() for name in images(tmp_path)} == drawn
+
+
+def test_a_journal_that_cannot_be_drawn_is_a_warning_and_the_others_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("broken", "good", "gone"):
+        write(tmp_path / name, 0.5)
+    (tmp_path / "broken" / "metrics.jsonl").write_text("{}\n")
+    write_journal(tmp_path / "good", 0.5)
+    assert synthesize(monkeypatch, "--parent_dir", tmp_path, "--plots") == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert warnings == [
+        f"warning: {tmp_path}/broken/metrics.jsonl: line 1 has no epoch; there are no curves",
+        f"warning: {tmp_path}/gone/metrics.jsonl: is not there, so there are no curves",
+    ]
+    assert images(tmp_path) == ["good/curves.png"]
+
+
+def test_an_image_that_cannot_be_written_does_not_cost_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "a", 0.5)
+    write_journal(tmp_path / "a", 0.5)
+    (tmp_path / "a" / "curves.png").mkdir()
+    with pytest.raises(RunError, match="cannot write"):
+        synthesize(monkeypatch, "--parent_dir", tmp_path, "--plots")
+    assert capsys.readouterr().out == (tmp_path / "results.md").read_text()
+
+
+def test_the_journal_of_a_real_run_has_all_that_is_drawn(make_experiment: Make, script: Script) -> None:
+    folder = make_experiment("run")
+    assert script(train, "--model_dir", folder).status == 0
+    assert script(synthesize_results, "--parent_dir", folder.parent, "--plots").status == 0
+    assert images(folder.parent) == ["run/curves.png"]
+    records = read_journal(folder / "metrics.jsonl")
+    for keys in (("train", "loss"), ("val", "loss"), ("train", "accuracy"), ("val", "accuracy"), ("learning_rate",)):
+        assert [epoch for epoch, _ in points(records, *keys)] == [1, 2], keys
+
+
+def test_the_best_temperature_is_compared_with_the_calibrated_one_below_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for temperature, accuracy in ((1.0, 0.5), (4.0, 0.75)):
+        folder = tmp_path / f"T{temperature}"
+        write(folder, accuracy)
+        params = {"teacher": {"model_dir": str(tmp_path / "te|acher")}, "loss": {"temperature": temperature}}
+        write_json(folder / "params.json", params)
+        write_json(folder / "run.json", {"status": "completed", "params": params})
+    synthesize(monkeypatch, "--parent_dir", tmp_path)
+    text = capsys.readouterr().out
+    assert text == (tmp_path / "results.md").read_text()
+    *_, table_end, blank, line = text.splitlines()
+    assert table_end.startswith("| ")
+    assert blank == ""
+    assert line.startswith("best T of these runs: 4 (val accuracy 0.7500); the teacher ")
+    assert line.endswith("--split val --calibrate`")
+
+
 def run_script(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, ROOT / "synthesize_results.py", *arguments]
     return subprocess.run([str(part) for part in command], capture_output=True, text=True)
@@ -171,7 +255,7 @@ def test_no_torch_is_imported(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     modules = json.loads(done.stdout.splitlines()[-1])
     assert "pandas" in modules
-    assert not {"torch", "torchvision", "model"} & set(modules)
+    assert not {"torch", "torchvision", "model", "matplotlib"} & set(modules)
 
 
 def test_pandas_is_not_imported_before_there_is_a_table() -> None:

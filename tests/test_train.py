@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Make, Script, read_journal, snapshot
+from helpers import ROOT, Make, Script, read_journal, snapshot
+from PIL import Image
 
 import evaluate
 import experiment
 import train
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint
 from experiment import read_status
 
 KD = {"name": "kd", "alpha": 0.9, "temperature": 4.0}
@@ -196,13 +197,13 @@ def test_a_teacher_given_as_text_can_be_overridden_by_its_path(script: Script, m
 
 
 def test_check_touches_nothing_and_reports_every_directory(script: Script, make_experiment: Make) -> None:
-    good, bad = make_experiment("good"), make_experiment("bad", num_epochs=0)
+    good, bad = make_experiment("good"), make_experiment("bad", num_epochs=-1)
     before = snapshot(good.parent)
     assert script(train, "--check", "--model_dir", good).status == 0
     ended = script(train, "--check", "--model_dir", good, bad)
     assert ended.status == 2
     assert "1 of 2 params.json pass" in ended.out
-    assert ended.err == f"{bad}/params.json: num_epochs: 0 is below 1\n"
+    assert ended.err == f"{bad}/params.json: num_epochs: -1 is below 0\n"
     assert snapshot(good.parent) == before
 
 
@@ -440,3 +441,262 @@ def test_val_metrics_of_the_run_are_what_evaluate_finds(script: Script, make_exp
     assert script(evaluate, "--model_dir", folder, "--split", "val").status == 0
     recorded = json.loads((folder / "metrics_val_best_weights.json").read_text())
     assert {"accuracy", "cross_entropy", "epoch"} <= recorded.keys()
+
+
+# --- what a student begins with, and which of it learns ---
+
+
+def test_pretrain_fine_tune_distil_runs_as_three_directories_each_naming_the_one_before(
+    script: Script, make_experiment: Make
+) -> None:
+    """Seed 001's chain: the classifier is new for another number of classes, the frozen rest stays bit by bit."""
+    eight = {"num_classes": 8}
+    first = make_experiment("pretrained", num_epochs=1, student={"width": 8}, dataset=eight)
+    tuned = make_experiment(
+        "tuned", student={"width": 8, "init_from": str(first), "freeze": ["conv1", "conv2"], "freeze_bn": True}
+    )
+    student = make_experiment("student", teacher=str(tuned), loss=KD)
+    for folder in (first, tuned, student):
+        assert script(train, "--model_dir", folder).status == 0
+    before, after = (load_checkpoint(folder / "last.pth.tar")[0]["state_dict"] for folder in (first, tuned))
+    for name in before:
+        if name.startswith(("conv", "bn")) and name not in ("bn1.weight", "bn1.bias", "bn2.weight", "bn2.bias"):
+            assert torch.equal(before[name], after[name]), name
+    assert before["linear.weight"].shape[0] == 8
+    assert after["linear.weight"].shape[0] == 4
+    log = (tuned / "train.log").read_text()
+    assert f"begins with the weights of {first} but for the classifier, which is new" in log
+    run = json.loads((tuned / "run.json").read_text())
+    assert run["init"] == load_checkpoint(first / "best.pth.tar")[1]
+
+
+def test_without_freeze_bn_the_statistics_of_a_frozen_backbone_move(script: Script, make_experiment: Make) -> None:
+    first = make_experiment("first", num_epochs=1)
+    tuned = make_experiment("tuned", student={"init_from": str(first), "freeze": ["conv1", "bn1"]})
+    for folder in (first, tuned):
+        assert script(train, "--model_dir", folder).status == 0
+    before, after = (load_checkpoint(folder / "last.pth.tar")[0]["state_dict"] for folder in (first, tuned))
+    assert torch.equal(before["conv1.weight"], after["conv1.weight"])
+    assert torch.equal(before["bn1.weight"], after["bn1.weight"])
+    assert not torch.equal(before["bn1.running_mean"], after["bn1.running_mean"])
+
+
+def test_training_begins_with_the_very_weights_of_a_file(script: Script, make_experiment: Make) -> None:
+    first, kept = make_experiment("first"), make_experiment("kept", num_epochs=0)
+    assert script(train, "--model_dir", first).status == 0
+    override = f"student.init_from={first / 'last.pth.tar'}"
+    assert script(train, "--model_dir", kept, "--overrides", override).status == 0
+    assert states_equal_weights(first / "last.pth.tar", kept / "best.pth.tar")
+
+
+def states_equal_weights(a: Path, b: Path) -> bool:
+    return repr_bits(load_checkpoint(a)[0]["state_dict"]) == repr_bits(load_checkpoint(b)[0]["state_dict"])
+
+
+@pytest.mark.parametrize(
+    ("init_from", "message"),
+    [
+        ("nowhere", "student.init_from: nowhere does not exist or has no params.json"),
+        ("nowhere.pth.tar", "student.init_from: nowhere.pth.tar: does not exist"),
+    ],
+)
+def test_weights_that_are_not_there_are_one_line_before_any_work(
+    script: Script, make_experiment: Make, init_from: str, message: str
+) -> None:
+    folder = make_experiment(student={"init_from": init_from})
+    before = snapshot(folder)
+    ended = script(train, "--model_dir", folder)
+    assert ended.status == 2
+    assert message in ended.err
+    assert ended.err.count("\n") == 1
+    assert snapshot(folder) == before
+
+
+def test_weights_of_another_net_are_one_line(script: Script, make_experiment: Make) -> None:
+    other = make_experiment("other", student={"width": 8}, num_epochs=1)
+    folder = make_experiment("folder", student={"init_from": str(other)})
+    assert script(train, "--model_dir", other).status == 0
+    ended = script(train, "--model_dir", folder)
+    assert ended.status == 2
+    assert "its weights do not fit the student: " in ended.err
+    assert str(folder / "params.json") in ended.err
+
+
+def test_a_run_goes_on_only_with_the_weights_that_it_began_with(script: Script, make_experiment: Make) -> None:
+    first = make_experiment("first", num_epochs=1)
+    folder = make_experiment("folder", student={"init_from": str(first)})
+    assert script(train, "--model_dir", first).status == 0
+    assert script(train, "--model_dir", folder).status == 0
+    assert script(train, "--model_dir", first, "--overrides", "num_epochs=2").status == 0
+    ended = script(train, "--model_dir", folder, "--overrides", "num_epochs=3")
+    assert ended.status == 2
+    assert "the init is not what this run began with" in ended.err
+
+
+def test_with_no_epochs_the_net_is_scored_and_kept_as_it_begins(script: Script, make_experiment: Make) -> None:
+    kept = make_experiment("kept", num_epochs=0)
+    student = make_experiment("student", teacher=str(kept), loss=KD)
+    assert script(train, "--model_dir", kept).status == 0
+    assert read_status(kept) == "completed"
+    state, _ = load_checkpoint(kept / "best.pth.tar")
+    assert state["epoch"] == 0
+    assert [record["epoch"] for record in read_journal(kept)] == [0]
+    assert script(evaluate, "--model_dir", kept).status == 0
+    assert script(train, "--model_dir", student).status == 0
+    again = script(train, "--model_dir", kept)
+    assert again.status == 0
+    assert "Nothing to do" in again.out
+
+
+# --- checkpoints of the ancestor ---
+
+
+def write_ancestors(path: Path, weights: dict[str, torch.Tensor], prefix: str = "", **extra: object) -> None:
+    named = {prefix + name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")}
+    torch.save({"epoch": 5, "state_dict": named, **extra}, path)
+
+
+@pytest.mark.parametrize(("prefix", "key"), [("", "optim_dict"), ("module.", "optimizer")])
+def test_a_checkpoint_of_the_ancestor_teaches_like_ours(
+    script: Script, make_experiment: Make, prefix: str, key: str
+) -> None:
+    teacher = make_experiment("teacher", num_epochs=1)
+    assert script(train, "--model_dir", teacher).status == 0
+    foreign = make_experiment("foreign")
+    state = load_checkpoint(teacher / "best.pth.tar")[0]
+    write_ancestors(foreign / "best.pth.tar", state["state_dict"], prefix, **{key: state["optim_dict"]})
+    students = [make_experiment(f"of_{folder.name}", teacher=str(folder), loss=KD) for folder in (teacher, foreign)]
+    for student in students:
+        ended = script(train, "--model_dir", student)
+        assert ended.status == 0, ended
+    assert read_journal(students[0]) == read_journal(students[1])
+    assert states_equal(students[0] / "last.pth.tar", students[1] / "last.pth.tar")
+
+
+def test_a_teachers_own_normalisation_can_be_given(script: Script, make_experiment: Make) -> None:
+    """A teacher of weights w on x / std equals one of std 2 with first weights 2 w."""
+    teacher = make_experiment("teacher", num_epochs=1, dataset={"mean": [0.5] * 3, "std": [0.25] * 3})
+    assert script(train, "--model_dir", teacher).status == 0
+    weights = dict(load_checkpoint(teacher / "best.pth.tar")[0]["state_dict"])
+    weights["conv1.weight"] = 2 * weights["conv1.weight"]
+    foreign = make_experiment("foreign")
+    write_ancestors(foreign / "best.pth.tar", weights)
+    section = {"model_dir": str(foreign), "mean": [0.5] * 3, "std": [0.5] * 3}
+    plain = make_experiment("plain", teacher=str(teacher), loss=KD)
+    own = make_experiment("own", teacher=section, loss=KD)
+    for folder in (plain, own):
+        assert script(train, "--model_dir", folder).status == 0
+    one, other = read_journal(plain)[-1]["train"], read_journal(own)[-1]["train"]
+    assert one == pytest.approx(other, rel=1e-4)
+    section["std"] = [1.0] * 3
+    wrong = make_experiment("wrong", teacher=section, loss=KD)
+    assert script(train, "--model_dir", wrong).status == 0
+    assert read_journal(wrong)[-1]["train"] != pytest.approx(one, rel=1e-3)
+
+
+def test_restore_file_begins_with_the_ancestors_weights_and_keeps_its_files(
+    script: Script, make_experiment: Make
+) -> None:
+    donor, folder = make_experiment("donor"), make_experiment("folder", num_epochs=1)
+    assert script(train, "--model_dir", donor).status == 0
+    weights = load_checkpoint(donor / "best.pth.tar")[0]["state_dict"]
+    for name in ("last", "best"):
+        write_ancestors(folder / f"{name}.pth.tar", weights)
+    files = {name: (folder / f"{name}.pth.tar").read_bytes() for name in ("last", "best")}
+    refused = script(train, "--model_dir", folder)
+    assert refused.status == 2
+    assert "--restore_file last" in refused.err
+    assert {name: (folder / f"{name}.pth.tar").read_bytes() for name in files} == files
+    ended = script(train, "--model_dir", folder, "--restore_file", "last")
+    assert ended.status == 0, ended
+    assert {name: (folder / f"ancestor_{name}.pth.tar").read_bytes() for name in files} == files
+    twin = make_experiment("twin", num_epochs=1, student={"init_from": str(donor)})
+    assert script(train, "--model_dir", twin).status == 0
+    assert read_journal(folder) == read_journal(twin)
+    more = script(train, "--model_dir", folder, "--restore_file", "last", "--overrides", "num_epochs=2")
+    assert more.status == 0, more
+    assert len(read_journal(folder)) == 2
+    assert script(train, "--model_dir", folder, "--restore_file", "last", "--restart").status == 0
+    assert (folder / "ancestor_last.pth.tar").read_bytes() == files["last"]
+
+
+def test_restore_file_last_of_our_own_is_the_resume_that_happens_anyway(script: Script, make_experiment: Make) -> None:
+    folder, twin = make_experiment("folder"), make_experiment("twin")
+    for path in (folder, twin):
+        assert script(train, "--model_dir", path).status == 0
+    three = ["--overrides", "num_epochs=3"]
+    assert script(train, "--model_dir", folder, "--restore_file", "last", *three).status == 0
+    assert script(train, "--model_dir", twin, *three).status == 0
+    assert read_journal(folder) == read_journal(twin)
+    refused = script(train, "--model_dir", folder, "--restore_file", "best", "--overrides", "num_epochs=4")
+    assert refused.status == 2
+    assert "goes on from its last epoch" in refused.err
+
+
+def test_a_run_of_an_older_version_goes_on_when_an_option_has_come_since(script: Script, make_experiment: Make) -> None:
+    folder, twin = make_experiment("folder"), make_experiment("twin")
+    for path in (folder, twin):
+        assert script(train, "--model_dir", path).status == 0
+    run = json.loads((folder / "run.json").read_text())
+    del run["params"]["student"]["freeze_bn"], run["params"]["dataset"]["validate_on"]
+    (folder / "run.json").write_text(json.dumps(run))
+    state, _ = load_checkpoint(folder / "last.pth.tar")
+    del state["params"]["student"]["freeze_bn"], state["params"]["dataset"]["validate_on"]
+    save_checkpoint(folder / "last.pth.tar", state)
+    for path in (folder, twin):
+        assert script(train, "--model_dir", path, "--overrides", "num_epochs=3").status == 0
+    assert read_journal(folder) == read_journal(twin)
+    assert script(train, "--model_dir", folder, "--overrides", "num_epochs=4", "student.freeze_bn=true").status == 2
+
+
+# --- the ancestor's own params.json ---
+
+UPSTREAM = json.loads((ROOT / "tests" / "model" / "upstream_params.json").read_text())
+
+
+def test_all_129_flat_files_of_the_ancestor_pass_the_check(script: Script, tmp_path: Path) -> None:
+    for path, raw in UPSTREAM.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(json.dumps(raw, indent=4))
+    folders = [tmp_path / Path(path).parent for path in UPSTREAM]
+    before = snapshot(tmp_path)
+    ended = script(train, "--check", "--model_dir", *folders)
+    assert ended.status == 0, ended.err
+    assert "129 of 129 params.json pass the check" in ended.out
+    assert ended.out.count("SELECTED ON THE TEST SET") == 129
+    assert snapshot(tmp_path) == before
+
+
+def write_images(folder: Path) -> Path:
+    """Writes ten classes of ten training and two test images, each class of a colour of its own."""
+    for label in range(10):
+        for split, number in (("train", 10), ("test", 2)):
+            target = folder / split / f"class{label}"
+            target.mkdir(parents=True)
+            for position in range(number):
+                Image.new("RGB", (32, 32), (25 * label, 20 * position, 255 - 25 * label)).save(
+                    target / f"{position}.png"
+                )
+    return folder
+
+
+def test_a_flat_teacher_and_its_flat_student_train_as_the_ancestor_did(script: Script, tmp_path: Path) -> None:
+    flat = UPSTREAM["experiments/cnn_distill/params.json"] | {"num_epochs": 1, "batch_size": 20, "num_channels": 4}
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    for folder, raw in ((teacher, flat | {"model_version": "cnn"}), (student, flat)):
+        folder.mkdir()
+        (folder / "params.json").write_text(json.dumps(raw))
+    images = write_images(tmp_path / "images")
+    options = ["dataset.name=image_folder", f"dataset.data_dir={images}"]
+    assert script(train, "--model_dir", teacher, "--overrides", *options).status == 0
+    ended = script(train, "--model_dir", student, "--overrides", *options, f"teacher.model_dir={teacher}")
+    assert ended.status == 0, ended
+    log = (student / "train.log").read_text()
+    assert "SELECTED ON THE TEST SET" in log
+    assert "val IS THE TEST SPLIT" in log
+    run = json.loads((student / "run.json").read_text())
+    assert run["params"]["loss"] == run["params"]["loss"] | {"name": "kd", "temperature": 20.0, "reduction": "mean"}
+    assert run["params"]["optimizer"]["name"] == "adam"
+    assert json.loads((student / "metrics_val_best_weights.json").read_text())["selected_on"] == "test"
+    assert read_journal(student)[0]["train"]["kd"] > 0
+    assert script(evaluate, "--model_dir", student).status == 0

@@ -1,4 +1,4 @@
-"""Image files to one array, decoded by all cores, once."""
+"""Image files to pixels: all to one array by all cores, once; or one at a time, each time it is shown."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def decode_all(paths: Sequence[str], image_size: int) -> Array:
 
     def work(start: int) -> None:
         for position in range(start, min(start + 64, len(paths))):
-            images[position] = _decode_or_tell(paths[position], image_size)
+            images[position] = decode(paths[position], image_size)
 
     logging.getLogger(__name__).info("decoding %s images, once", f"{len(paths):,}")
     # Threads, because Pillow lets go of the interpreter lock while it decodes. The first error cancels the rest.
@@ -68,19 +68,50 @@ def decode_all(paths: Sequence[str], image_size: int) -> Array:
 
 
 def decode(path: str, image_size: int) -> Array:
-    """Reads the centre square of an image, upright, as `(3, image_size, image_size)` uint8.
+    """Reads the centre square of an image as `(3, image_size, image_size)` uint8.
 
-    Resizing is bilinear and antialiased; an image of the right size is taken as it is. Of an animation the first
-    frame is taken; transparency is dropped.
+    Resizing is bilinear and antialiased; an image of the right size is taken as it is.
     """
-    with Image.open(path) as file:
-        image = _to_rgb(ImageOps.exif_transpose(file))
+    image = read_image(path)
     if image.size != (image_size, image_size):
         side = min(image.size)
         left, top = (image.width - side) / 2, (image.height - side) / 2
         box = (left, top, left + side, top + side)
         image = image.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box)
     return np.asarray(image).transpose(2, 0, 1)
+
+
+def cut_centre(image: Image.Image, resize_size: int, image_size: int) -> Image.Image:
+    """Resizes the shorter side of an image to `resize_size` and cuts out the central square of `image_size`.
+
+    Resizing is bilinear and antialiased. Roundings are torchvision's, so that nets trained with its `Resize` and
+    `CenterCrop` see what they are used to.
+    """
+    short = min(image.size)
+    if max(image.size) > 16 * short:  # of a strip only the middle: resized whole, it might fill the memory
+        image = _centre(image, *(min(side, 16 * short) for side in image.size))
+    size = [resize_size if side == short else int(resize_size * side / short) for side in image.size]
+    return _centre(image.resize(size, Image.Resampling.BILINEAR), image_size, image_size)
+
+
+def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def read_image(path: str) -> Image.Image:
+    """Reads an image upright in RGB; of an animation the first frame; transparency is dropped.
+
+    Raises:
+        InputError: The file is not a readable image; the message has its path.
+    """
+    try:
+        with Image.open(path) as file:
+            return _to_rgb(ImageOps.exif_transpose(file))
+    except Exception as error:  # on damaged bytes Pillow raises almost anything: OSError, SyntaxError, struct.error
+        raise InputError(
+            f"{path} is not a readable image ({' '.join(str(error).split())}); replace or remove it", "data"
+        ) from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -91,12 +122,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P":  # straight to RGB warns where the palette has transparent entries
         image = image.convert("RGBA")
     return image.convert("RGB")
-
-
-def _decode_or_tell(path: str, image_size: int) -> Array:
-    try:
-        return decode(path, image_size)
-    except Exception as error:  # on damaged bytes Pillow raises almost anything: OSError, SyntaxError, struct.error
-        raise InputError(
-            f"{path} is not a readable image ({' '.join(str(error).split())}); replace or remove it", "data"
-        ) from error

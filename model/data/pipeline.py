@@ -11,9 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from model.data.images import Images, Split, divide_per_class
-from model.data.loader import BatchLoader
-from model.data.views import AUGMENTATIONS
+from model.data import augmentations
+from model.data.augmentations import Augmenting, Canvas, Listed
+from model.data.images import AnySplit, FileSplit, Images, ancestor_subset, divide_per_class
+from model.data.loader import BatchLoader, Loader
+from model.data.stream import StreamLoader
 from model.errors import InputError
 from model.rng import derive_seed
 
@@ -24,24 +26,26 @@ class Data:
 
     Attributes:
         train: Shuffled and augmented.
-        val: Plain images: carved from the training list, or the dataset's own.
+        val: Plain images: carved from the training list, the dataset's own, or the test split (see `selected_on`).
         test: Plain images, if the dataset has a test split. Only `evaluate.py` reads it.
         classes: The name of each label.
         shape: `(C, H, W)` of an image.
         mean: Per channel, on a [0, 1] scale.
         std: Per channel, on the same scale.
+        selected_on: What `val` is: `val`, or `test` where epochs are selected on the test split.
         fingerprint: SHA-256 over what is trained on, validated on, and the class names.
         summary: One line about all this.
     """
 
-    train: BatchLoader
-    val: BatchLoader
-    test: BatchLoader | None
+    train: Loader
+    val: Loader
+    test: Loader | None
     num_classes: int
     classes: tuple[str, ...]
     shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    selected_on: str
     fingerprint: str
     summary: str
 
@@ -59,12 +63,15 @@ def prepare(
     *,
     batch_size: Annotated[int, Field(ge=2, le=65536)] = 128,
     eval_batch_size: Annotated[int, Field(ge=1, le=65536)] = 512,
-    augmentation: Literal["crop_flip", "crop", "flip", "none"] | None = None,
+    augmentation: Augmenting = None,
+    validate_on: Literal["val", "test"] = "val",
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1,
     val_seed: int = 0,
     subset_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0,
+    subset_rule: Literal["per_class", "ancestor"] = "per_class",
     mean: list[float] | None = None,
     std: list[Annotated[float, Field(gt=0)]] | None = None,
+    num_workers: Annotated[int, Field(ge=0, le=256)] | None = None,
 ) -> Data:
     """Turns a dataset into the loaders of a run. Its options are common to all datasets.
 
@@ -72,88 +79,129 @@ def prepare(
         images: The dataset.
         name: What to call it.
         seed: The run's seed: decides order and views, but neither the validation split nor the subset.
-        device: Where the images are held.
+        device: Where the batches are made.
         batch_size: Training samples per step; a last batch of one sample is joined to the batch before it.
         eval_batch_size: Validation and test samples per step: a matter of speed and memory.
-        augmentation: Random views of training images: zero-padded 4-pixel crop, mirroring; null: the dataset's own.
+        augmentation: Random views of training images: zero-padded 4-pixel crop, mirroring, or a list of transforms in
+            their order, each a name or `{"name": ..., options}`; null: the dataset's own.
+        validate_on: `test`: nothing is carved, and epochs are selected on the test split, whose scores then flatter.
         val_fraction: Share of each class of the training list that is kept for validation; unused with an own split.
         val_seed: Picks the validation split and the subset, so that runs with different seeds share them.
         subset_fraction: Share of each class (at least one image) to train on, of what validation leaves.
+        subset_rule: `ancestor`: not of each class, but the first of a list shuffled with numpy's legacy seed 230.
         mean: Normalisation per channel on a [0, 1] scale; null: the dataset's.
         std: Normalisation per channel on a [0, 1] scale; null: the dataset's.
+        num_workers: Processes that decode and transform images, for speed only; 0: none; null: none for images in
+            memory, for files one per core, at most 8. Views that can be numbered need none in memory.
 
     Raises:
-        InputError: A class would be without training or validation images, or mean or std do not fit.
+        InputError: A class would be without training or validation images, or an option does not fit the data.
     """
     mean_used = _constants("mean", mean, images.mean, images)
     std_used = _constants("std", std, images.std, images)
     if min(std_used) <= 0:
         raise InputError(f"dataset.std: {list(std_used)} is not above 0 in every channel; give dataset.std", "data")
-    chosen = augmentation or images.augmentation
+    chosen = images.augmentation if augmentation is None else augmentation
+    sections, problems = augmentations.resolve(chosen)
+    if problems:
+        raise InputError("; ".join(f"dataset.augmentation.{key}: {text}" for key, text in problems))
 
-    val_split = images.val
-    if val_split is None:
-        val_indices, train_indices = divide_per_class(images.train.labels, val_fraction, derive_seed(val_seed, "val"))
-        _check_classes(images, val_fraction, train_indices, val_indices)
-        val_split, val_note = images.train, f"carved, seed {val_seed}"
-    else:
-        train_indices, val_indices = torch.arange(len(images.train)), torch.arange(len(val_split))
-        val_note = "the dataset's own"
-    subset, _ = divide_per_class(
-        images.train.labels[train_indices], subset_fraction, derive_seed(val_seed, "subset"), at_least=1
-    )
-    train_indices = train_indices[subset]
+    division = _divide(images, name, validate_on, val_fraction, val_seed)
+    labels = images.train.labels[division.train]
+    train_indices = division.train[_subset(labels, subset_fraction, subset_rule, val_seed)]
 
     def loader(
-        split: Split, indices: Tensor | None, size: int, name: str = "none", shuffle: bool = False
-    ) -> BatchLoader:
-        return BatchLoader(
-            split,
-            indices=indices,
-            batch_size=size,
-            mean=mean_used,
-            std=std_used,
-            augmentation=name,
-            shuffle=shuffle,
-            seed=seed,
-            device=device,
-        )
+        split: AnySplit, indices: Tensor, size: int, shown: Sequence[dict[str, Any]] = (), shuffle: bool = False
+    ) -> Loader:
+        options: dict[str, Any] = {"indices": indices, "batch_size": size, "mean": mean_used, "std": std_used}
+        options |= {"shuffle": shuffle, "seed": seed, "device": device}
+        views = augmentations.as_views(shown)
+        if views is None:
+            transforms = augmentations.create(shown, Canvas(split.shape, mean_used))
+            return StreamLoader(split, transforms=transforms, num_workers=num_workers, **options)
+        if isinstance(split, FileSplit):
+            return StreamLoader(split, augmentation=views, num_workers=num_workers, **options)
+        return BatchLoader(split, augmentation=views, **options)
 
-    train_on_device = images.train.to(device)  # once, so that a carved validation split shares it
-    val_on_device = train_on_device if val_split is images.train else val_split
-    train = loader(train_on_device, train_indices, batch_size, chosen, shuffle=True)
-    val = loader(val_on_device, val_indices, eval_batch_size)
-    test = None if images.test is None else loader(images.test, None, eval_batch_size)
-    channels, height, width = images.train.images.shape[1:]
+    train = loader(images.train, train_indices, batch_size, sections, shuffle=True)
+    # A carved validation split shares the training split's images, also those on the device.
+    val_split = train.split if division.val_split is images.train else division.val_split
+    val = loader(val_split, division.val, eval_batch_size)
+    if validate_on == "test":
+        test: Loader | None = val
+    else:
+        test = loader(images.test, torch.arange(len(images.test)), eval_batch_size) if images.test else None
+    used = (images.train, train_indices), (division.val_split, division.val)
     subset_note = "" if subset_fraction == 1 else f" (subset {subset_fraction:g})"
-    summary = (
-        f"{name}: {train.num_samples:,} train{subset_note}, {val.num_samples:,} val ({val_note}), "
-        f"{f'{test.num_samples:,}' if test else 'no'} test images of {channels}x{height}x{width}, "
-        f"{len(images.classes):,} classes, "
-        f"augmentation {chosen} ({AUGMENTATIONS[chosen].num_views} view{'s' * (chosen != 'none')})"
-    )
     return Data(
         train=train,
         val=val,
         test=test,
         num_classes=len(images.classes),
         classes=images.classes,
-        shape=(channels, height, width),
+        shape=images.train.shape,
         mean=mean_used,
         std=std_used,
-        fingerprint=_fingerprint(images.classes, (images.train, train_indices), (val_split, val_indices)),
-        summary=summary,
+        selected_on=validate_on,
+        fingerprint=_fingerprint(images.classes, *used),
+        summary=(
+            f"{name}: {train.num_samples:,} train{subset_note}, {division.note}, "
+            f"{f'{test.num_samples:,}' if test else 'no'} test images of {'x'.join(map(str, images.train.shape))}, "
+            f"{len(images.classes):,} classes, augmentation {_describe(chosen, train)}"
+        ),
     )
 
 
 pipeline_options = prepare  # what it is to a registry: the keyword-only parameters are the common options
 
 
+@dataclass(frozen=True)
+class _Division:
+    """What is trained on and validated on: positions in the training list, and in a list that may be the same."""
+
+    train: Tensor
+    val_split: AnySplit
+    val: Tensor
+    note: str
+
+
+def _divide(images: Images, name: str, validate_on: str, val_fraction: float, val_seed: int) -> _Division:
+    everything = torch.arange(len(images.train))
+    if validate_on == "test":
+        if images.test is None:
+            raise InputError(f"dataset.validate_on: dataset {name!r} has no test split; validate on val", "data")
+        return _Division(everything, images.test, torch.arange(len(images.test)), "val IS THE TEST SPLIT")
+    if images.val is not None:
+        note = f"{len(images.val):,} val (the dataset's own)"
+        return _Division(everything, images.val, torch.arange(len(images.val)), note)
+    seed = derive_seed(val_seed, "val")
+    val, train = divide_per_class(images.train.labels, val_fraction, seed, round_down=images.round_down)
+    _check_classes(images, val_fraction, train, val)
+    return _Division(train, images.train, val, f"{len(val):,} val (carved, seed {val_seed})")
+
+
+def _subset(labels: Tensor, fraction: float, rule: str, seed: int) -> Tensor:
+    """Returns which positions of a list with these labels to train on, ascending."""
+    if rule == "per_class":
+        return divide_per_class(labels, fraction, derive_seed(seed, "subset"), at_least=1)[0]
+    taken = ancestor_subset(len(labels), fraction)
+    if not len(taken):
+        raise InputError(f"dataset.subset_fraction: {fraction:g} of {len(labels)} images is none; raise it", "data")
+    return taken.sort().values
+
+
+def _describe(chosen: str | Listed, train: Loader) -> str:
+    names = [element if isinstance(element, str) else element["name"] for element in chosen]
+    words = chosen if isinstance(chosen, str) else " + ".join(names) or "none"
+    views = "" if train.num_views is None else f" ({train.num_views} view{'s' * (train.num_views > 1)})"
+    return f"{words}{views}"
+
+
 def _constants(
     key: str, given: Sequence[float] | None, default: tuple[float, ...], images: Images
 ) -> tuple[float, ...]:
     values = default if given is None else tuple(given)
-    channels = images.train.images.shape[1]
+    channels = images.train.shape[0]
     if len(values) != channels:
         raise InputError(
             f"dataset.{key}: {len(values)} value{'s' * (len(values) != 1)} given but the images have {channels} "
@@ -178,11 +226,8 @@ def _check_classes(images: Images, val_fraction: float, train_indices: Tensor, v
         )
 
 
-def _fingerprint(classes: tuple[str, ...], *parts: tuple[Split, Tensor]) -> str:
+def _fingerprint(classes: tuple[str, ...], *parts: tuple[AnySplit, Tensor]) -> str:
     digest = hashlib.sha256(repr(classes).encode())
     for split, indices in parts:
-        digest.update(repr((len(indices), tuple(split.images.shape[1:]))).encode())
-        for some in indices.split(4096):  # a part at a time: no second copy of a large dataset
-            digest.update(split.images[some].contiguous().numpy().data)
-            digest.update(split.labels[some].numpy().data)
+        split.update(digest, indices)
     return digest.hexdigest()

@@ -3,8 +3,9 @@
 So the view of a sample depends on nothing but (seed, epoch, index of the sample); a teacher's output can be
 stored under the view it belongs to; and a whole batch is augmented with one gather.
 
-View 0 is the plain image. In general, with `S = 2 * pad + 1`, a view is `flip * S * S + shift`, and the shift
-moves a window of the image's size over the zero-padded image:
+View 0 is the plain image. In general, with `S = 2 * pad + 1`, a view is `mirroring * S * S + shift`. Mirroring counts
+left to right before top to bottom, as far as each is allowed. The shift moves a window of the image's size over the
+zero-padded image:
 
     cell = (shift + S * S // 2) % (S * S)       the window's place in row-major order, the centre being shift 0
     top, left = cell // S, cell % S             its corner in the padded image, 0..2 * pad
@@ -28,29 +29,32 @@ class Augmentation:
 
     Attributes:
         pad: Black pixels added on each side before a window of the image's own size is cut out.
-        flip: Whether the window may be mirrored left to right.
+        horizontal: Whether the window may be mirrored left to right.
+        vertical: Whether the window may be mirrored top to bottom.
     """
 
     pad: int = 0
-    flip: bool = False
+    horizontal: bool = False
+    vertical: bool = False
 
     @property
     def num_views(self) -> int:
-        return (2 * self.pad + 1) ** 2 * (2 if self.flip else 1)
+        return (2 * self.pad + 1) ** 2 * 2 ** (self.horizontal + self.vertical)
 
-    def decode(self, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns what view numbers stand for: top and left (0..2 * pad, `pad` being centred), mirrored or not."""
+    def decode(self, views: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns what view numbers stand for.
+
+        Returns:
+            Top and left (0..2 * pad, `pad` being centred), mirrored left to right, mirrored top to bottom.
+        """
         side = 2 * self.pad + 1
         cell = (views + side * side // 2) % (side * side)
-        return cell // side, cell % side, views >= side * side
+        mirroring = views // (side * side)
+        columns, rows = (mirroring % 2, mirroring // 2) if self.horizontal else (0 * mirroring, mirroring)
+        return cell // side, cell % side, columns == 1, rows == 1
 
 
-AUGMENTATIONS = {
-    "crop_flip": Augmentation(pad=4, flip=True),
-    "crop": Augmentation(pad=4),
-    "flip": Augmentation(flip=True),
-    "none": Augmentation(),
-}
+PLAIN = Augmentation()
 
 
 def draw_views(seed: int, epoch: int, indices: Tensor, num_views: int) -> Tensor:
@@ -75,24 +79,24 @@ def draw_views(seed: int, epoch: int, indices: Tensor, num_views: int) -> Tensor
     return torch.from_numpy(views.astype(np.int64))
 
 
-def apply_views(images: Tensor, views: Tensor, name: str) -> Tensor:
+def apply_views(images: Tensor, views: Tensor, augmentation: Augmentation) -> Tensor:
     """Shows each image of a batch under its view.
 
     Args:
         images: `(N, C, H, W)`, uint8 or any other type, not normalised (padding is 0, that is black).
-        views: `(N,)` int64 on the same device, in [0, AUGMENTATIONS[name].num_views).
-        name: The augmentation.
+        views: `(N,)` int64 on the same device, in [0, augmentation.num_views).
+        augmentation: The family of views.
 
     Returns:
         The views, of the same shape and type.
     """
-    augmentation = AUGMENTATIONS[name]
     if augmentation.num_views == 1:
         return images
     n, channels, height, width = images.shape
-    top, left, mirrored = augmentation.decode(views)
+    top, left, mirrored, upside_down = augmentation.decode(views)
+    y = torch.arange(height, device=images.device)
     x = torch.arange(width, device=images.device)
-    rows = torch.arange(height, device=images.device) + top[:, None]  # (N, H)
+    rows = torch.where(upside_down[:, None], height - 1 - y, y) + top[:, None]  # (N, H)
     columns = torch.where(mirrored[:, None], width - 1 - x, x) + left[:, None]  # (N, W)
     padded = F.pad(images, (augmentation.pad,) * 4)
     # (N, H, W) -> (N, 1, H*W): which pixel of the padded image each pixel of the view shows, for all channels

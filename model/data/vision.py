@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,78 @@ def read_vision(kind: str, data_dir: str, download: bool) -> tuple[Samples, Samp
             with _alone(root):
                 train, test = _read(source, root, download=True)
     except Exception as error:
-        wanted = ", ".join(f"{name} (md5 {md5})" for name, md5 in archives)
-        raise InputError(
-            f"dataset.data_dir: cannot read {kind} in {root.absolute()} ({_one_line(error)}); "
-            f"{'' if download else 'set dataset.download to true, or '}"
-            f"remove damaged files and put into {folder.absolute()}: {wanted} from {address}",
-            "data",
-        ) from error
+        raise _unreadable(kind, root, error, download, folder, archives, address) from error
     return _samples(train), _samples(test), tuple(train.classes)
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A file to download.
+
+    Attributes:
+        address: Where it lies, with the "/" at the end.
+        name: Its name there and here.
+        md5: Of its content.
+    """
+
+    address: str
+    name: str
+    md5: str
+
+
+def fetch(archive: Archive, folder: Path, download: bool) -> None:
+    """Makes sure that a folder of an archive is there, unpacked; an archive beside it is not downloaded again.
+
+    Args:
+        archive: What has the folder, or has an archive that has it.
+        folder: Where it must be.
+        download: Whether downloading is allowed.
+
+    Raises:
+        InputError: The folder is missing and could not be made.
+    """
+    from torchvision.datasets.utils import check_integrity, download_url
+
+    beside = folder.parent
+    if folder.is_dir():
+        return
+    try:
+        if not download and not check_integrity(beside / archive.name, archive.md5):
+            raise FileNotFoundError(f"no folder {folder.name}, no sound {archive.name}")
+        with _alone(beside):
+            if not folder.is_dir():  # another process may have been first
+                download_url(archive.address + archive.name, beside, archive.name, archive.md5)
+                _unpack(beside / archive.name, folder)
+    except Exception as error:
+        wanted = [(archive.name, archive.md5)]
+        raise _unreadable(folder.name, beside, error, download, beside, wanted, archive.address) from error
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """Unpacks a folder of an archive beside its place and renames it: an interruption leaves nothing half done."""
+    from torchvision.datasets.utils import extract_archive
+
+    with tempfile.TemporaryDirectory(dir=folder.parent) as name, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        extract_archive(archive, name)
+        for inner in Path(name).rglob(f"{folder.name}.tar.gz"):
+            extract_archive(inner, name)
+        found = [path for path in Path(name).rglob(folder.name) if path.is_dir()]
+        if not found:
+            raise FileNotFoundError(f"{archive.name} has no folder {folder.name}")
+        found[0].rename(folder)
+
+
+def _unreadable(
+    kind: str, root: Path, error: Exception, download: bool, folder: Path, archives: list[tuple[str, str]], address: str
+) -> InputError:
+    wanted = ", ".join(f"{name} (md5 {md5})" for name, md5 in archives)
+    return InputError(
+        f"dataset.data_dir: cannot read {kind} in {root.absolute()} ({_one_line(error)}); "
+        f"{'' if download else 'set dataset.download to true, or '}"
+        f"remove damaged files and put into {folder.absolute()}: {wanted} from {address}",
+        "data",
+    )
 
 
 def _archives(source: Any, root: Path) -> tuple[Path, str, list[tuple[str, str]]]:

@@ -3,17 +3,98 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from model.errors import InputError
+from model.nets.initialisation import initialise
 from model.plugins import import_all
-from model.registry import Registry
+from model.registry import Registry, suggest
 
-NETS = Registry("net")
+
+def net_options(
+    *,
+    init: Literal["default", "he", "xavier", "normal"] = "default",
+    init_from: str | None = None,
+    freeze: list[str] | None = None,
+    freeze_bn: bool = False,
+) -> None:
+    """Options of every net: what it begins with, and which of it learns.
+
+    Args:
+        init: Weights of convolutions and linear layers: the net's own (`default`), He's normal by fan-in, Xavier's
+            normal, or N(0, 0.02); their biases are 0 then.
+        init_from: Experiment directory (its best checkpoint) or checkpoint file whose weights the net begins with; a
+            classifier for another number of classes stays new.
+        freeze: Paths of modules that do not learn, such as `features` or `layer1.0`.
+        freeze_bn: All batch norms stay in eval mode: they use and keep the statistics that they begin with.
+    """
+
+
+NETS = Registry("net", common=net_options)
 
 import_all(__name__, __path__)
+
+
+def create(section: Mapping[str, Any], num_classes: int) -> nn.Module:
+    """Returns the new net that a resolved section names, with the initial weights that its `init` asks for."""
+    net: nn.Module = NETS.create(section, num_classes)
+    if section["init"] != "default":
+        initialise(net, section["init"])
+    return net
+
+
+def classifier_of(net: nn.Module) -> str:
+    """Returns the path of the last linear or convolution layer: the classifier."""
+    return [path for path, module in net.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
+
+
+def adopt(net: nn.Module, weights: Mapping[str, Tensor], where: str) -> bool:
+    """Puts the weights of a trained net into a new one of the same kind.
+
+    Args:
+        net: Changed in place.
+        weights: A `state_dict`.
+        where: Its file, for messages.
+
+    Returns:
+        Whether the classifier was adopted, too; with another number of classes it stays as it is.
+
+    Raises:
+        InputError: Anything else does not fit.
+    """
+    own, classifier = net.state_dict(), f"{classifier_of(net)}."
+    fits = all(weights[key].shape == own[key].shape for key in own if key.startswith(classifier) and key in weights)
+    given = {key: value for key, value in weights.items() if fits or not key.startswith(classifier)}
+    kept = {} if fits else {key: value for key, value in own.items() if key.startswith(classifier)}
+    try:
+        net.load_state_dict({**given, **kept})
+    except RuntimeError as error:
+        mismatch = " ".join(str(error).split())
+        line = f"student.init_from: {where}: its weights do not fit the student: {mismatch}"
+        raise InputError(f"{line}; name a checkpoint of the same net", "checkpoint") from None
+    return fits
+
+
+def freeze(net: nn.Module, section: Mapping[str, Any]) -> list[nn.Module]:
+    """Excludes the parameters of the modules that a resolved section's `freeze` names from training.
+
+    Returns:
+        The batch norms that are to stay in eval mode.
+
+    Raises:
+        InputError: There is no such module, or nothing would be left to learn.
+    """
+    modules = dict(net.named_modules())
+    for path in section["freeze"] or []:
+        if path not in modules or not path:
+            known = suggest(path, [name for name, _ in net.named_children()])
+            raise InputError(f"student.freeze: net {section['name']!r} has no module {path!r}; {known}")
+        modules[path].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in net.parameters()):
+        raise InputError(f"student.freeze: {section['freeze']} leaves nothing to learn; freeze less")
+    return [m for m in modules.values() if section["freeze_bn"] and isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
 def restore(state: Mapping[str, Any], where: str) -> nn.Module:

@@ -13,10 +13,25 @@ from model.nets import NETS
 from model.outputs import Outputs
 
 
+def require_size(net: nn.Module, images: Tensor) -> None:
+    """Sees whether images have the one size that a net takes, its `input_size`.
+
+    Raises:
+        InputError: They have not.
+    """
+    height, width = images.shape[-2:]
+    if not height == width == net.input_size:
+        raise InputError(
+            f"{type(net).__name__} takes images of {net.input_size}x{net.input_size} pixels, got {height}x{width}; "
+            "resize them, or use a net for any size"
+        )
+
+
 class CNN(nn.Module):
     """Three convolutions and two linear layers; the attribute names are the ancestor's, so its checkpoints load."""
 
     input_size: int | None = 32
+    activation = staticmethod(F.relu)
 
     def __init__(self, num_classes: int, *, num_channels: int, dropout_rate: float) -> None:
         super().__init__()
@@ -31,15 +46,16 @@ class CNN(nn.Module):
         self.dropout = nn.Dropout(dropout_rate)
         self.fc2 = nn.Linear(4 * num_channels, num_classes)
 
+    @property
+    def stage_norms(self) -> tuple[nn.BatchNorm2d, ...]:
+        """The batch norm before each stage's ReLU."""
+        return self.bn1, self.bn2, self.bn3
+
     def forward(self, images: Tensor) -> Tensor:
         return self.forward_with_features(images).logits
 
     def forward_with_features(self, images: Tensor) -> Outputs:
-        height, width = images.shape[-2:]
-        if (height, width) != (32, 32):
-            raise InputError(
-                f"net 'cnn' takes images of 32x32 pixels, got {height}x{width}; resize them, or use a net for any size"
-            )
+        require_size(self, images)
         preacts, features = [], []
         maps = images  # (N, 3, 32, 32) -> (N, C, 16, 16) -> (N, 2C, 8, 8) -> (N, 4C, 4, 4)
         for conv, bn in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):

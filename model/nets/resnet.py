@@ -40,6 +40,10 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.shortcut = shortcut(in_channels, width, stride)
 
+    @property
+    def last_norm(self) -> nn.BatchNorm2d:
+        return self.bn2
+
     def forward(self, maps: Tensor) -> Tensor:
         branch = F.relu(self.bn1(self.conv1(maps)))
         return self.bn2(self.conv2(branch)) + self.shortcut(maps)
@@ -59,6 +63,10 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(width, self.expansion * width, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(self.expansion * width)
         self.shortcut = shortcut(in_channels, self.expansion * width, stride)
+
+    @property
+    def last_norm(self) -> nn.BatchNorm2d:
+        return self.bn3
 
     def forward(self, maps: Tensor) -> Tensor:
         branch = F.relu(self.bn1(self.conv1(maps)))
@@ -88,6 +96,7 @@ class ResNet(nn.Module):
     """
 
     input_size: int | None = None
+    activation = staticmethod(F.relu)
 
     def __init__(
         self,
@@ -111,6 +120,11 @@ class ResNet(nn.Module):
                 channels = block.expansion * width
             self.add_module(name, Stage(*blocks))
         self.linear = nn.Linear(channels, num_classes)
+
+    @property
+    def stage_norms(self) -> tuple[nn.BatchNorm2d, ...]:
+        """The last batch norm of each stage; its output and the shortcut's add up to the stage's preact."""
+        return tuple(getattr(self, name)[-1].last_norm for name in self.stage_names)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.forward_with_features(images).logits

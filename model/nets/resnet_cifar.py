@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.nets import NETS
+from model.nets.initialisation import he_normal_by_fan_out
 from model.nets.resnet import ResNet, conv_shortcut
 
 ShortcutKind = Literal["pad", "conv"]
@@ -34,9 +35,7 @@ def thin_resnet(depth: int, num_classes: int, shortcut: ShortcutKind) -> nn.Modu
         widths=(16, 32, 64),
         shortcut=PadShortcut if shortcut == "pad" else conv_shortcut,
     )
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    he_normal_by_fan_out(net)
     return net
 
 

@@ -16,6 +16,7 @@ class Tiny(nn.Module):
     """Two convolutions with batch norm, a global average, dropout and a linear layer."""
 
     input_size: int | None = None
+    activation = staticmethod(F.relu)
 
     def __init__(self, num_classes: int, *, width: int, dropout_rate: float) -> None:
         super().__init__()
@@ -26,6 +27,11 @@ class Tiny(nn.Module):
         self.bn2 = nn.BatchNorm2d(2 * width)
         self.dropout = nn.Dropout(dropout_rate)
         self.linear = nn.Linear(2 * width, num_classes)
+
+    @property
+    def stage_norms(self) -> tuple[nn.BatchNorm2d, ...]:
+        """The batch norm before each stage's ReLU."""
+        return self.bn1, self.bn2
 
     def forward(self, images: Tensor) -> Tensor:
         return self.forward_with_features(images).logits

@@ -30,6 +30,7 @@ from model.engine import (
 from model.errors import DivergedError, InputError
 from model.losses import LOSSES
 from model.losses.base import Loss
+from model.losses.kd import KDLoss
 from model.metrics import agreement
 from model.nets import NETS
 from model.optim import OPTIMIZERS, SCHEDULES, create_optimizer, create_schedule
@@ -176,19 +177,21 @@ def test_an_epoch_is_gradient_descent_on_the_mean_loss_of_each_batch() -> None:
     learner = learner_of(net, rate=0.5, momentum=0.0, schedule=schedule, steps=len(loader))
     means = train_epoch(learner, loader, epoch=0, seed=0)
 
-    losses, hits = [], []
+    losses, hits, hits5 = [], [], []
     for step, batch in enumerate(loader.batches):
         x, y = batch.images.flatten(1).double().numpy(), batch.labels.numpy()
         logits = x @ weight.T + bias
         losses += list(cross_entropies(logits, y))
         hits += list(logits.argmax(axis=1) == y)
+        hits5 += list((np.argsort(-logits, axis=1)[:, :5] == y[:, None]).any(axis=1))
         error = (softmax(logits) - np.eye(CLASSES)[y]) / len(y)
         rate = 0.5 * (step + 1) / 3
         weight, bias = weight - rate * error.T @ x, bias - rate * error.sum(axis=0)
     np.testing.assert_allclose(net[1].weight.detach().numpy(), weight, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(net[1].bias.detach().numpy(), bias, rtol=1e-5, atol=1e-6)
     # Over samples: the mean over the batches' means would weigh the samples of the short batch more.
-    assert means == pytest.approx({"loss": np.mean(losses), "ce": np.mean(losses), "accuracy": np.mean(hits)}, rel=1e-6)
+    scores = {"accuracy": np.mean(hits), "accuracy_top5": np.mean(hits5)}
+    assert means == pytest.approx({"loss": np.mean(losses), "ce": np.mean(losses), **scores}, rel=1e-6)
     assert means["loss"] != pytest.approx(np.mean([np.mean(losses[i : i + 4]) for i in (0, 4, 8)]), rel=1e-4)
 
 
@@ -204,7 +207,7 @@ def test_accuracy_is_a_count_over_the_samples_whatever_the_batches(batch_size: i
 
 def test_the_reported_loss_is_the_sum_of_its_terms() -> None:
     means = train_epoch(learner_of(loss=KD), splits().train, epoch=0, seed=0, teacher=teacher_of())
-    assert list(means) == ["accuracy", "loss", "ce", "kd"]
+    assert list(means) == ["accuracy", "accuracy_top5", "loss", "ce", "kd"]
     assert means["loss"] == pytest.approx(means["ce"] + means["kd"], rel=1e-6)
 
 
@@ -293,6 +296,99 @@ def test_the_teacher_is_bitwise_the_same_after_an_epoch_and_has_no_gradient() ->
     assert not any(modes)
     assert_bitwise_equal(dict(teacher.state_dict()), before)
     assert {parameter.grad for parameter in teacher.parameters()} == {None}
+
+
+class ByBatch(KDLoss):
+    """Wants the teacher's batch norms to normalise with each batch's own statistics."""
+
+    teacher_statistics = "batch"
+
+
+def test_batch_statistics_are_those_of_the_batch_and_leave_no_trace() -> None:
+    teacher = teacher_of()
+    with torch.no_grad():  # statistics that are far from any batch's
+        teacher.net.bn1.running_mean.fill_(3.0)
+        teacher.net.bn1.running_var.fill_(9.0)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    batch = batch_of(16)
+    twin = net_of(99, width=12).train()
+    twin.load_state_dict(teacher.net.state_dict())
+    with torch.no_grad():
+        expected = twin(batch.images)
+    plain = teacher(batch.images)
+    with engine.batch_statistics(teacher):
+        assert torch.equal(teacher(batch.images), expected)
+    assert torch.equal(teacher(batch.images), plain)
+    assert not torch.equal(plain, expected)
+    assert_bitwise_equal(dict(teacher.state_dict()), before)
+
+
+def test_a_loss_gets_batch_statistics_of_the_teacher_in_training_and_running_ones_in_validation() -> None:
+    teacher = teacher_of()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    learner = learner_of(loss=ByBatch(alpha=0.5, temperature=4.0))
+    modes: list[bool] = []
+    teacher.net.bn1.register_forward_hook(lambda module, *_: modes.append(module.training))
+    for epoch in range(2):
+        train_epoch(learner, splits().train, epoch=epoch, seed=0, teacher=teacher)
+        assert modes
+        assert all(modes)
+        modes.clear()
+        evaluate(learner.student, splits().val, loss=learner.loss, teacher=teacher)
+        assert modes
+        assert not any(modes)
+        modes.clear()
+    assert_bitwise_equal(dict(teacher.state_dict()), before)
+    assert not any(module.training for module in teacher.modules())
+
+
+def test_batch_statistics_end_with_an_epoch_that_fails() -> None:
+    teacher = teacher_of()
+    learner = learner_of(loss=ByBatch(alpha=0.5, temperature=4.0))
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_epoch(learner, splits().train, epoch=0, seed=0, teacher=teacher, after_step=stop)
+    assert not any(module.training for module in teacher.modules())
+    assert all(module.track_running_stats for module in teacher.modules() if isinstance(module, nn.BatchNorm2d))
+
+
+def test_frozen_norms_keep_their_statistics_while_the_rest_of_the_student_trains() -> None:
+    learner = learner_of()
+    learner.frozen_norms = [learner.student.bn1]
+    before = {name: value.clone() for name, value in learner.student.state_dict().items()}
+    train_epoch(learner, splits().train, epoch=0, seed=0)
+    evaluate(learner.student, splits().val)
+    train_epoch(learner, splits().train, epoch=1, seed=0)
+    after = learner.student.state_dict()
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {"bn1.running_mean", "bn1.running_var", "bn1.num_batches_tracked"}
+
+
+def test_a_probe_has_the_shapes_of_one_image_and_leaves_the_net_alone() -> None:
+    net = net_of().train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    shown = engine.probe(net, "tiny", (3, 16, 16))
+    assert shown.net is net
+    assert [tuple(m.shape) for m in shown.outputs.features] == [(1, 16, 8, 8), (1, 32, 4, 4)]
+    assert shown.outputs.logits.shape == (1, CLASSES)
+    assert shown.outputs.logits.device.type == "meta"
+    assert net.training
+    assert_bitwise_equal(dict(net.state_dict()), before)
+
+
+def test_a_probe_of_a_foreign_net_has_logits_only() -> None:
+    shown = engine.probe(linear_net(), "linear", (3, 1, 1))
+    assert shown.outputs.logits.shape == (1, CLASSES)
+    assert shown.outputs.features == ()
+
+
+def test_images_that_a_net_does_not_take_are_one_line() -> None:
+    cnn = NETS.create({"name": "cnn"}, CLASSES)
+    with pytest.raises(InputError, match="net 'cnn' does not take the dataset's images of 3x16x16: .*32x32"):
+        engine.probe(cnn, "cnn", (3, 16, 16))
 
 
 @pytest.mark.parametrize("loss", [KD, "hint"], ids=["logits", "features"])

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from model.metrics import (
+    calibrated_temperature,
     agreement,
     confusion_matrix,
     count_macs,
@@ -145,3 +147,30 @@ def test_the_weights_size_counts_buffers_and_the_bytes_of_each_type() -> None:
     buffers = 2 * 4 * 4 + 8 + 7 * 8  # running mean and variance, num_batches_tracked, steps
     assert weight_bytes(net) == 4 * count_parameters(net) + buffers
     assert weight_bytes(net.half()) == 2 * count_parameters(net) + 2 * 4 * 2 + 8 + 7 * 8
+
+
+def test_the_calibrated_temperature_is_the_one_that_the_labels_were_drawn_at() -> None:
+    """Labels drawn from softmax(z / T) make T the best temperature, up to the error of the sample."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(40_000, 10, generator=generator)
+    for temperature in (0.5, 1.0, 2.5):
+        labels = torch.multinomial(torch.softmax(logits / temperature, 1), 1, generator=generator).flatten()
+        assert calibrated_temperature(logits, labels) == pytest.approx(temperature, rel=0.03)
+
+
+def test_at_the_calibrated_temperature_the_slope_of_the_likelihood_is_zero() -> None:
+    """d NLL / d(1/T) = mean over samples of (expected logit under softmax(z/T) - logit of the label)."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(500, 7, generator=generator).double()
+    labels = torch.randint(7, (500,), generator=generator)
+    labels[:300] = logits[:300].argmax(1)
+    temperature = calibrated_temperature(logits, labels)
+    expected = (torch.softmax(logits / temperature, 1) * logits).sum(1)
+    assert (expected - logits[torch.arange(500), labels]).mean().item() == pytest.approx(0, abs=1e-4)
+
+
+def test_a_net_that_misses_no_label_is_calibrated_where_nothing_is_left_to_gain() -> None:
+    logits = 5 * torch.eye(4).double()
+    temperature = calibrated_temperature(logits, torch.arange(4))
+    assert 0.01 <= temperature < 0.15
+    assert F.cross_entropy(logits / temperature, torch.arange(4)).item() < 1e-12

@@ -54,7 +54,7 @@ def test_every_option_is_in_the_result_with_its_default() -> None:
             assert values[section][key] == written.get(key, default)
     assert values["seed"] == 230
     assert values["schedule"]["name"] == "constant"
-    assert values["teacher"] == {"model_dir": "experiments/teacher", "restore_file": "best"}
+    assert values["teacher"] == {"model_dir": "experiments/teacher", "restore_file": "best", "mean": None, "std": None}
 
 
 def test_resolving_a_result_changes_nothing() -> None:
@@ -133,7 +133,7 @@ def test_a_whole_number_is_a_whole_number_and_nothing_else(key: str, value: obje
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"num_epochs": 0}, ("num_epochs", "0 is below 1")),
+        ({"num_epochs": -1}, ("num_epochs", "-1 is below 0")),
         ({"seed": 2**63}, ("seed", f"{2**63} is not below {2**63}")),
         ({"checkpoint_minutes": 0}, ("checkpoint_minutes", "0 is not above 0")),
         ({"checkpoint_minutes": None}, ("checkpoint_minutes", "expected a number, got None")),
@@ -173,10 +173,11 @@ def test_a_section_is_an_object(section: str, value: object) -> None:
 
 def test_a_teacher_is_a_directory_as_text_or_with_options() -> None:
     full = {"model_dir": "experiments/teacher", "restore_file": "last"}
+    defaults = {"restore_file": "best", "mean": None, "std": None}
     for teacher, expected in (
-        ("experiments/teacher", full | {"restore_file": "best"}),
-        ({"model_dir": "experiments/teacher"}, full | {"restore_file": "best"}),
-        (full, full),
+        ("experiments/teacher", full | defaults),
+        ({"model_dir": "experiments/teacher"}, full | defaults),
+        (full, full | {"mean": None, "std": None}),
     ):
         values, problems = resolve(changed(teacher=teacher))
         assert (values["teacher"], problems) == (expected, [])
@@ -340,7 +341,7 @@ def test_the_reference_has_every_entry_and_every_option_of_every_registry() -> N
 
 def test_the_reference_states_types_bounds_and_defaults() -> None:
     lines = reference().splitlines()
-    assert any(line.startswith("| `num_epochs` | whole number ≥ 1, ≤ 1e+06 | required | ") for line in lines)
+    assert any(line.startswith("| `num_epochs` | whole number ≥ 0, ≤ 1e+06 | required | ") for line in lines)
     assert any(line.startswith("| `seed` | whole number ≥ 0, < 2^63 | `230` | ") for line in lines)
     assert any(line.startswith('| `restore_file` | `best` or `last` | `"best"` | ') for line in lines)
     (kd,) = (line for line in lines if line.startswith("| `kd` |"))

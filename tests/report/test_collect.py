@@ -9,12 +9,28 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from report.collect import Row, collect
+from model import legacy
+from report.collect import FLAT, Row, collect, compare_temperatures
 from utils import RunError
 
 PARAMS = {"num_epochs": 30, "student": {"name": "cnn"}, "loss": {"name": "kd", "alpha": 0.9}}
 VAL = {"accuracy": 0.84, "accuracy_top5": 0.99, "cross_entropy": 0.5, "loss": 0.4, "epoch": 28}
 RUN_JSON, VAL_BEST, VAL_LAST = "run.json", "metrics_val_best_weights.json", "metrics_val_last_weights.json"
+FLAT_PARAMS = {
+    "model_version": "cnn_distill",
+    "subset_percent": 1.0,
+    "augmentation": "yes",
+    "teacher": "resnet18",
+    "alpha": 0.9,
+    "temperature": 20,
+    "learning_rate": 0.001,
+    "batch_size": 128,
+    "num_epochs": 30,
+    "dropout_rate": 0.5,
+    "num_channels": 32,
+    "save_summary_steps": 100,
+    "num_workers": 4,
+}
 FILES = ("params.json", RUN_JSON, VAL_BEST, VAL_LAST, "metrics_test_best_weights.json")
 
 
@@ -200,6 +216,142 @@ def test_null_is_empty_and_lists_and_booleans_are_json(tmp_path: Path) -> None:
     assert only_row(tmp_path).options == {"loss": '[{"name": "ce"}, {"name": "kd"}]', "flag": "true"}
 
 
+def test_a_flat_params_json_that_has_not_run_fills_the_columns_of_ours(tmp_path: Path) -> None:
+    write(tmp_path, "params.json", FLAT_PARAMS)
+    row = only_row(tmp_path)
+    assert (row.status, row.faults) == ("pending", [])
+    assert row.options == {
+        "student.name": "cnn_distill",
+        "student.dropout_rate": 0.5,
+        "student.num_channels": 32,
+        "dataset.subset_fraction": 1.0,
+        "dataset.augmentation": "yes",
+        "dataset.batch_size": 128,
+        "dataset.num_workers": 4,
+        "teacher.model_dir": "resnet18",
+        "loss.alpha": 0.9,
+        "loss.temperature": 20,
+        "optimizer.learning_rate": 0.001,
+        "num_epochs": 30,
+    }
+    assert set(row.written) == set(row.options)
+
+
+def test_flat_keys_are_shown_where_they_go_when_it_runs() -> None:
+    assert {key: place for place, key in legacy.PLACES.items()} == FLAT
+
+
+def test_a_flat_params_json_that_has_run_shows_what_ran(tmp_path: Path) -> None:
+    ran, _, problems = legacy.translate(FLAT_PARAMS)
+    assert problems == []
+    ran["dataset"]["subset_fraction"] = 1.0  # a default: train.py fills it in
+    write_run(tmp_path, params=ran)
+    write(tmp_path, "params.json", FLAT_PARAMS)
+    row = only_row(tmp_path)
+    assert row.options["student.name"] == "cnn"
+    assert row.options["teacher.model_dir"] == "experiments/base_resnet18"
+    assert repr(row.options["loss.temperature"]) == "20"
+    # Every option that was written is one that ran: no column for the same thing in two spellings.
+    assert set(row.written) <= set(row.options)
+    assert not set(row.options) & (set(FLAT_PARAMS) - {"num_epochs"})
+
+
+def test_overrides_and_sections_beside_flat_keys_are_shown(tmp_path: Path) -> None:
+    attempts = [{"overrides": ["alpha=0.5", "dropout_rate=0.0", "dataset.data_dir=/d"]}]
+    flat = {**FLAT_PARAMS, "dataset": {"name": "cifar100"}}
+    write(tmp_path, "params.json", {key: value for key, value in flat.items() if key != "dropout_rate"})
+    write(tmp_path, RUN_JSON, {"status": "pending", "attempts": attempts})
+    options = only_row(tmp_path).options
+    assert (options["loss.alpha"], options["student.dropout_rate"]) == (0.5, 0.0)
+    assert (options["dataset.name"], options["dataset.data_dir"], options["dataset.batch_size"]) == (
+        "cifar100",
+        "/d",
+        128,
+    )
+
+
+def test_a_flat_params_json_with_a_section_that_is_none_is_unreadable(tmp_path: Path) -> None:
+    write(tmp_path, "params.json", {**FLAT_PARAMS, "loss": 3})
+    row = only_row(tmp_path)
+    assert row.state == "unreadable"
+    assert "'loss' is 3, not a section" in row.status
+
+
+# the best temperature and the calibrated one
+
+
+def write_student(folder: Path, temperature: float, accuracy: float, teacher: Any = "t", **loss: Any) -> None:
+    params = {"teacher": teacher, "loss": {"name": "kd", "alpha": 0.9, "temperature": temperature, **loss}}
+    write_run(folder, params=params, teacher="sha of the teacher")
+    write(folder, "params.json", params)
+    write(folder, VAL_BEST, VAL | {"accuracy": accuracy})
+
+
+def temperature_lines(folder: Path) -> list[str]:
+    return compare_temperatures(collect(folder)[0])
+
+
+def test_the_best_temperature_stands_beside_the_calibrated_one(tmp_path: Path) -> None:
+    teacher = tmp_path / "teachers" / "t"
+    for temperature, accuracy in ((1, 0.83), (4, 0.8337), (20, 0.82)):
+        write_student(tmp_path / "runs" / str(temperature), temperature, accuracy, str(teacher))
+    calibration = {"temperature": 1.4321, "split": "val", "checkpoint_sha256": "sha of the teacher"}
+    write(teacher, "calibration_val_best.json", calibration)
+    line = f"best T of these runs: 4 (val accuracy 0.8337); calibrated T of the teacher {teacher}: 1.43 (NLL on val)"
+    assert temperature_lines(tmp_path / "runs") == [line]
+    write(teacher, "calibration_val_best.json", calibration | {"checkpoint_sha256": "another"})
+    assert temperature_lines(tmp_path / "runs") == [
+        line.replace("on val)", "on val, with other weights than taught these runs)")
+    ]
+
+
+@pytest.mark.parametrize("calibration", [None, b"{", {}, {"temperature": "hot"}, {"temperature": None}])
+def test_without_a_calibration_the_line_names_the_command(tmp_path: Path, calibration: Any) -> None:
+    teacher = tmp_path / "my teacher"
+    write_student(tmp_path / "runs" / "a", 2.5, 0.83, str(teacher))
+    write_student(tmp_path / "runs" / "b", 4.0, 0.82, str(teacher))
+    if calibration is not None:
+        write(teacher, "calibration_val_best.json", calibration)
+    assert temperature_lines(tmp_path / "runs") == [
+        f"best T of these runs: 2.5 (val accuracy 0.8300); the teacher {teacher} is not calibrated: "
+        f"`python evaluate.py --model_dir '{teacher}' --split val --calibrate`"
+    ]
+
+
+def test_each_teacher_whose_runs_differ_in_temperature_has_a_line(tmp_path: Path) -> None:
+    write_student(tmp_path / "a1", 1, 0.7, "a")
+    write_student(tmp_path / "a2", 2, 0.8, "a")
+    write_student(tmp_path / "b1", 1, 0.9, "b")
+    write_student(tmp_path / "b2", 2, 0.6, "b")
+    write_student(tmp_path / "c1", 4, 0.95, "c")
+    last = {"model_dir": "a", "restore_file": "last"}
+    write_student(tmp_path / "d1", 1, 0.5, last)
+    write_student(tmp_path / "d2", 8, 0.55, last)
+    assert [line.partition(" is")[0] for line in temperature_lines(tmp_path)] == [
+        "best T of these runs: 2 (val accuracy 0.8000); the teacher a",
+        "best T of these runs: 1 (val accuracy 0.9000); the teacher b",
+        "best T of these runs: 8 (val accuracy 0.5500); the teacher a",
+    ]
+    assert temperature_lines(tmp_path)[2].endswith("--calibrate --restore_file last`")
+
+
+def test_without_two_temperatures_that_were_scored_there_is_no_line(tmp_path: Path) -> None:
+    write_student(tmp_path / "a", 4, 0.8)
+    write_student(tmp_path / "b", 4.0, 0.7)
+    write_student(tmp_path / "unscored", 8, 0.7)
+    (tmp_path / "unscored" / VAL_BEST).unlink()
+    write_student(tmp_path / "no_number", True, 0.7)
+    write_student(tmp_path / "no_teacher", 1, 0.7, None)
+    for temperature in (1, 2):
+        write_student(tmp_path / f"number{temperature}", temperature, 0.7, {"model_dir": 3})
+        write_student(tmp_path / f"ensemble{temperature}", temperature, 0.7, ["t", "u"])
+    write(tmp_path / "flat", "params.json", FLAT_PARAMS)  # resnet18 is no directory
+    write(tmp_path / "flat", VAL_BEST, VAL)
+    write(tmp_path / "flat2", "params.json", FLAT_PARAMS | {"temperature": 2})
+    write(tmp_path / "flat2", VAL_BEST, VAL)
+    assert temperature_lines(tmp_path) == []
+
+
 # what is wrong with it
 
 
@@ -303,7 +455,21 @@ def test_a_file_that_goes_away_while_it_is_read_is_told(tmp_path: Path, monkeypa
 def test_no_content_whatsoever_raises(tmp_path: Path) -> None:
     seed = random.Random(0)
     leaves = [None, True, 0, -1, 0.5, 10**400, "", "=1", "a.b", "x|y", [], {}, [1], {"a": {"b": [{}]}}, "running"]
-    keys = ["status", "params", "attempts", "overrides", "teacher", "epoch", "reason", "accuracy", "a.b", "", "loss"]
+    keys = [
+        "model_version",
+        "temperature",
+        "status",
+        "params",
+        "attempts",
+        "overrides",
+        "teacher",
+        "epoch",
+        "reason",
+        "accuracy",
+        "a.b",
+        "",
+        "loss",
+    ]
 
     def value(depth: int) -> Any:
         kind = seed.randrange(4) if depth else 0

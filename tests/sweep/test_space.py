@@ -38,6 +38,14 @@ def test_the_default_grid_fits_the_ancestors_flat_params(tmp_path: Path) -> None
     assert read_space(tmp_path / "search.json", {"alpha": 0.9, "temperature": 20}) == DEFAULT
 
 
+def test_flat_params_have_their_bare_keys_varied_and_options_of_ours_by_their_path(tmp_path: Path) -> None:
+    flat = {"model_version": "cnn", "alpha": 0.9, "learning_rate": 0.001}
+    space = read(tmp_path, {"learning_rate": [0.1], "optimizer.weight_decay": [0], "model_version": ["cnn"]}, flat)
+    assert list(space) == ["learning_rate", "optimizer.weight_decay", "model_version"]
+    with pytest.raises(RunError, match=r"dropout_rate: no section of params.json has it"):
+        read(tmp_path, {"dropout_rate": [0.1]}, flat)
+
+
 def test_the_default_grid_needs_options_that_it_can_vary(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"search.json \(absent: the default grid\): alpha: no section"):
         read_space(tmp_path / "search.json", {"loss": {"name": "ce"}})

@@ -10,12 +10,29 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+import search_hyperparams
+from model.legacy import as_sections
 from sweep import study
 from sweep.launchers import Local
 from sweep.study import Child, check, check_teachers, plan, run, table, write
 from utils import RunError
 
 MakeParent = Callable[..., Path]
+FLAT = {
+    "model_version": "cnn_distill",
+    "subset_percent": 1.0,
+    "augmentation": "yes",
+    "teacher": "resnet18",
+    "alpha": 0.9,
+    "temperature": 20,
+    "learning_rate": 0.001,
+    "batch_size": 128,
+    "num_epochs": 30,
+    "dropout_rate": 0.0,
+    "num_channels": 32,
+    "save_summary_steps": 100,
+    "num_workers": 4,
+}
 
 
 def search(parent: Path, slots: int = 1) -> int:
@@ -251,3 +268,108 @@ def test_the_parent_itself_is_never_trained(make_parent: MakeParent, lines: list
     parent = make_parent({"alpha": [0.1]})
     search(parent)
     assert not (parent / "run.json").exists()
+
+
+# --- parents of the ancestor ----------------------------------------------------------------------------------
+
+
+def make_flat(folder: Path, space: dict[str, Any] | None = None, **changes: Any) -> Path:
+    """Writes a flat params.json; `...` leaves a key out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    flat = {key: value for key, value in {**FLAT, **changes}.items() if value is not ...}
+    (folder / "params.json").write_text(json.dumps(flat, indent=4))
+    if space is not None:
+        (folder / "search.json").write_text(json.dumps(space))
+    return folder
+
+
+def test_children_of_a_flat_parent_are_flat_and_those_of_the_ancestors_search(tmp_path: Path) -> None:
+    children = plan(make_flat(tmp_path), as_sections=as_sections)
+    write(children)
+    assert [child.dir.name for child in children[:2]] == ["alpha_0.99_Temp_20.0", "alpha_0.99_Temp_10.0"]
+    assert len(children) == 40
+    params = read(tmp_path / "alpha_0.5_Temp_4.5" / "params.json")
+    assert list(params) == list(FLAT)
+    assert params == FLAT | {"alpha": 0.5, "temperature": 4.5}
+
+
+def test_a_flat_parent_has_its_own_space_and_may_vary_options_of_ours(tmp_path: Path) -> None:
+    space = {"temperature": [2, 4], "augmentation": ["no"], "optimizer.weight_decay": [0.1]}
+    children = plan(make_flat(tmp_path, space), as_sections=as_sections)
+    assert [child.dir.name for child in children] == [
+        "Temp_2_augmentation_no_weight_decay_0.1",
+        "Temp_4_augmentation_no_weight_decay_0.1",
+    ]
+    changes = {"temperature": 4, "augmentation": "no", "optimizer": {"weight_decay": 0.1}}
+    assert children[1].params == FLAT | changes
+
+
+def test_overrides_of_a_flat_parent_say_where_the_data_is(tmp_path: Path) -> None:
+    parent = make_flat(tmp_path, {"alpha": [0.5]})
+    children = plan(parent, ["dataset.data_dir=/data", "num_epochs=1", "temperature=2"], as_sections)
+    changes = {"alpha": 0.5, "temperature": 2, "num_epochs": 1, "dataset": {"data_dir": "/data"}}
+    assert children[0].params == FLAT | changes
+    with pytest.raises(RunError, match=r"alpha is what .*search.json varies"):
+        plan(parent, ["alpha=0.1"], as_sections)
+
+
+def test_children_that_the_ancestor_made_are_taken_as_they_are(tmp_path: Path) -> None:
+    """Its generated files lack keys that the parent got later, with the meaning that the files had without them."""
+    parent = make_flat(tmp_path, {"alpha": [0.5], "temperature": [2.0]})
+    child = make_flat(parent / "alpha_0.5_Temp_2.0", alpha=0.5, temperature=2.0, augmentation=..., subset_percent=...)
+    before = snapshot(parent)
+    write(plan(parent, as_sections=as_sections))
+    assert snapshot(parent) == before
+    make_flat(child, alpha=0.5, temperature=2.0, augmentation=..., num_channels=16)
+    with pytest.raises(RunError, match=r"student.num_channels: 16 -> 32\)"):
+        plan(parent, as_sections=as_sections)
+
+
+def test_flat_children_may_be_told_where_the_data_is_and_how_long_to_train(tmp_path: Path) -> None:
+    parent = make_flat(tmp_path, {"alpha": [0.5]})
+    write(plan(parent, as_sections=as_sections))
+    write(plan(parent, ["dataset.data_dir=/data", "num_epochs=60", "num_workers=0"], as_sections))
+    params = read(parent / "alpha_0.5" / "params.json")
+    assert (params["num_epochs"], params["num_workers"], params["dataset"]) == (60, 0, {"data_dir": "/data"})
+
+
+def test_the_teacher_of_flat_children_is_the_directory_that_its_name_stands_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    children = plan(make_flat(tmp_path, {"alpha": [0.5]}), as_sections=as_sections)
+    with pytest.raises(RunError, match="teacher experiments/base_resnet18 does not exist"):
+        check_teachers(children, as_sections)
+    teacher = make_flat(tmp_path / "experiments" / "base_resnet18", model_version="resnet18", teacher="none")
+    with pytest.raises(RunError, match=r"teacher experiments/base_resnet18 has no best.pth.tar"):
+        check_teachers(children, as_sections)
+    (teacher / "best.pth.tar").touch()
+    check_teachers(children, as_sections)
+
+
+def test_a_teacher_that_the_ancestor_would_not_have_used_is_not_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    parent = make_flat(tmp_path, {"dropout_rate": [0.0, 0.5]}, model_version="cnn")
+    check_teachers(plan(parent, as_sections=as_sections), as_sections)
+
+
+def test_the_command_searches_a_flat_parent_and_says_what_it_assumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    parent = make_flat(tmp_path / "parent", {"alpha": [0.5, 0.9]})
+    arguments = ["--parent_dir", str(parent), "--overrides", "num_epochs=3"]
+    with pytest.raises(RunError, match="teacher experiments/base_resnet18 does not exist"):
+        search_hyperparams.main(arguments)
+    assert sorted(path.name for path in parent.iterdir()) == ["params.json", "search.json"]
+    (make_flat(tmp_path / "experiments" / "base_resnet18", model_version="resnet18") / "best.pth.tar").touch()
+    make_flat(parent / "alpha_0.5", alpha=0.5, augmentation=...)  # the ancestor's own
+    assert search_hyperparams.main(arguments) == 0
+    assert {read(path)["status"] for path in parent.glob("*/run.json")} == {"completed"}
+    first = (parent / "search_hyperparameters.log").read_text().splitlines()[0]
+    assert (
+        f"WARNING: {parent / 'params.json'} is one of the ancestor's: VALIDATED AND SELECTED ON THE TEST SET" in first
+    )
+    assert "teacher resnet18 is experiments/base_resnet18" in first

@@ -4,8 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from torchvision.transforms import v2
 
-from model.data.decode import cached, decode, decode_all
+from model.data.decode import cached, cut_centre, decode, decode_all
 from model.errors import InputError
 
 
@@ -87,6 +88,26 @@ def test_a_cmyk_photograph_becomes_rgb(tmp_path):
     out = decode(saved(tmp_path / "a.jpg", image, quality=100), 16)
     assert out[0].min() > 245
     assert out[1:].max() < 10
+
+
+@pytest.mark.parametrize(("resize_size", "image_size"), [(16, 16), (20, 16), (33, 24), (64, 57)])
+def test_the_centre_is_that_of_torchvisions_resize_and_centre_crop_of_a_pillow_image(resize_size, image_size):
+    reference = v2.Compose([v2.Resize(resize_size), v2.CenterCrop(image_size)])
+    for height, width in np.random.default_rng(0).integers(10, 120, (40, 2)):
+        image = Image.fromarray(noise(height, width))
+        np.testing.assert_array_equal(cut_centre(image, resize_size, image_size), reference(image))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 100_000), (100_000, 1), (3000, 2)])
+def test_the_centre_of_a_strip_is_cut_without_resizing_all_of_it(size, monkeypatch):
+    resize, sizes = Image.Image.resize, []
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda image, size, *rest: sizes.append(size) or resize(image, size, *rest)
+    )
+    out = np.asarray(cut_centre(Image.new("RGB", size, (10, 20, 30)), 256, 224))
+    assert out.shape == (224, 224, 3)
+    assert (out == (10, 20, 30)).all()
+    assert max(max(size) for size in sizes) <= 16 * 256
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 3000), (3000, 1)])

@@ -4,11 +4,12 @@ import torch
 
 from model.data.images import Split
 from model.data.loader import BatchLoader
-from model.data.views import draw_views
+from model.data.views import Augmentation, draw_views
 from model.rng import derive_seed
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)
 CPU = torch.device("cpu")
+CROP, CROP_FLIP = Augmentation(pad=4), Augmentation(pad=4, horizontal=True)
 
 
 def split_of(n: int, size: int = 8) -> Split:
@@ -44,7 +45,7 @@ def test_images_are_normalised_float32_in_channels_last():
 
 def test_what_is_padded_is_black_before_normalisation():
     white = Split(torch.full((200, 3, 8, 8), 255, dtype=torch.uint8), torch.zeros(200, dtype=torch.int64))
-    images = joined(loader_of(white, augmentation="crop").epoch(0), "images").numpy()
+    images = joined(loader_of(white, augmentation=CROP).epoch(0), "images").numpy()
     black, full = (normalised(torch.full((1, 3, 1, 1), value)).reshape(3) for value in (0, 255))
     for channel in range(3):
         found = np.unique(images[:, channel])
@@ -55,7 +56,7 @@ def test_the_split_is_never_written_to():
     split = split_of(20)
     before = split.images.clone()
     for epoch in range(2):
-        list(loader_of(split, augmentation="crop_flip").epoch(epoch))
+        list(loader_of(split, augmentation=CROP_FLIP).epoch(epoch))
         list(loader_of(split).epoch(epoch))
     assert torch.equal(split.images, before)
 
@@ -73,7 +74,7 @@ def test_an_epochs_order_is_a_permutation_that_depends_on_seed_and_epoch_only():
 
 def test_drawing_batches_leaves_the_global_generators_alone():
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    list(loader_of(shuffle=True, augmentation="crop_flip").epoch(0))
+    list(loader_of(shuffle=True, augmentation=CROP_FLIP).epoch(0))
     assert torch.equal(torch.get_rng_state(), before)
     assert (np.random.get_state()[1] == numpy_before).all()
 
@@ -85,7 +86,7 @@ def test_without_shuffling_the_order_is_that_of_the_indices():
 
 @pytest.mark.parametrize("start", [0, 1, 5, 6, 7])
 def test_starting_at_a_step_yields_exactly_the_tail_of_the_epoch(start):
-    loader = loader_of(shuffle=True, augmentation="crop_flip")
+    loader = loader_of(shuffle=True, augmentation=CROP_FLIP)
     tail, whole = list(loader.epoch(2, start)), list(loader.epoch(2))
     assert len(tail) == max(0, len(loader) - start)
     for one, other in zip(tail, whole[start:], strict=True):
@@ -95,7 +96,7 @@ def test_starting_at_a_step_yields_exactly_the_tail_of_the_epoch(start):
 
 def test_a_samples_view_does_not_depend_on_batch_size_or_order_or_subset():
     def shown(**options):
-        batches = list(loader_of(augmentation="crop_flip", seed=4, **options).epoch(1))
+        batches = list(loader_of(augmentation=CROP_FLIP, seed=4, **options).epoch(1))
         indices, views = (joined(batches, field).tolist() for field in ("indices", "views"))
         shown_images = zip(views, joined(batches, "images"), strict=True)
         return dict(zip(indices, shown_images, strict=True))
@@ -113,7 +114,7 @@ def test_a_samples_view_does_not_depend_on_batch_size_or_order_or_subset():
 
 
 def test_views_change_from_epoch_to_epoch():
-    loader = loader_of(augmentation="crop_flip", seed=4)
+    loader = loader_of(augmentation=CROP_FLIP, seed=4)
     for epoch in range(3):
         assert torch.equal(joined(loader.epoch(epoch), "views"), draw_views(4, epoch, torch.arange(50), 162))
     assert not torch.equal(joined(loader.epoch(0), "views"), joined(loader.epoch(1), "views"))
@@ -121,7 +122,7 @@ def test_views_change_from_epoch_to_epoch():
 
 def test_indices_are_positions_in_the_datasets_own_list():
     split = split_of(50)
-    loader = loader_of(split, indices=torch.arange(10, 50, 3), shuffle=True, augmentation="none")
+    loader = loader_of(split, indices=torch.arange(10, 50, 3), shuffle=True)
     for batch in loader.epoch(0):
         np.testing.assert_allclose(batch.images.numpy(), normalised(split.images[batch.indices]), atol=1e-5)
         assert torch.equal(batch.labels, split.labels[batch.indices])
@@ -163,5 +164,5 @@ def test_a_split_on_the_device_is_shared_and_not_copied():
 
 def test_drawing_batches_never_waits_for_the_device():
     # Tensors of the meta device have no values: whatever asks the device for one raises.
-    loader = loader_of(shuffle=True, augmentation="crop_flip", device=torch.device("meta"))
+    loader = loader_of(shuffle=True, augmentation=CROP_FLIP, device=torch.device("meta"))
     assert [tuple(batch.images.shape) for batch in loader.epoch(0)] == [(8, 3, 8, 8)] * 6 + [(2, 3, 8, 8)]

@@ -1,12 +1,18 @@
 import dataclasses
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
+from helpers import ROOT
 
 from model.data import DATASETS, create
-from model.data.images import Images, Split
+from model.data.images import Images, Split, ancestor_subset
+from model.data.loader import BatchLoader
 from model.data.pipeline import Data, prepare
+from model.data.stream import StreamLoader
+from model.data.views import Augmentation
 from model.errors import InputError
 
 CPU = torch.device("cpu")
@@ -81,7 +87,7 @@ def test_a_subset_has_at_least_one_image_of_each_class_and_smaller_ones_are_insi
 
 def test_only_training_images_are_augmented_and_shuffled():
     data = data_of()
-    assert data.train.augmentation == "crop_flip"
+    assert data.train.augmentation == Augmentation(pad=4, horizontal=True)
     assert data.train.shuffle
     for loader in (data.val, data.test):
         batches = list(loader.epoch(3))
@@ -109,7 +115,7 @@ def test_training_and_validation_share_one_copy_of_the_images():
 def test_own_constants_and_augmentation_replace_the_datasets():
     data = data_of(mean=[0.1, 0.2, 0.3], std=[1, 2, 3], augmentation="flip")
     assert (data.mean, data.std) == ((0.1, 0.2, 0.3), (1, 2, 3))
-    assert data.train.augmentation == "flip"
+    assert data.train.augmentation == Augmentation(horizontal=True)
     (batch,) = data_of(mean=[0, 0, 0], std=[1, 1, 1], augmentation="none", batch_size=1000).train.epoch(0)
     assert 0 <= float(batch.images.min()) < 0.05
     assert 0.95 < float(batch.images.max()) <= 1
@@ -203,6 +209,95 @@ def test_without_a_test_split_there_is_no_test_loader():
     assert data_of(images_of(test=None)).test is None
 
 
+def test_selecting_on_the_test_split_carves_nothing_and_says_so():
+    images = images_of(val=split_of([4, 4, 4], seed=5))
+    data = data_of(images, validate_on="test")
+    assert data.val is data.test
+    assert (data.selected_on, data_of().selected_on) == ("test", "val")
+    assert data.train.num_samples == 125
+    (batch,) = data.val.epoch(0)
+    assert torch.equal(batch.labels, images.test.labels)
+    assert data.summary.startswith("toy: 125 train, val IS THE TEST SPLIT, 15 test images of")
+    assert data.fingerprint not in {data_of(images).fingerprint, data_of(validate_on="val").fingerprint}
+    with pytest.raises(InputError, match=r"dataset\.validate_on: dataset 'toy' has no test split"):
+        data_of(images_of(test=None), validate_on="test")
+
+
+def test_the_ancestors_subset_is_of_the_whole_list_or_of_what_validation_leaves():
+    on_test = data_of(validate_on="test", subset_fraction=0.2, subset_rule="ancestor").train.indices
+    assert torch.equal(on_test, ancestor_subset(125, 0.2).sort().values)
+    left = data_of(val_fraction=0.2).train.indices
+    carved = data_of(val_fraction=0.2, subset_fraction=0.2, subset_rule="ancestor", val_seed=0).train.indices
+    assert torch.equal(carved, left[ancestor_subset(100, 0.2)].sort().values)
+    with pytest.raises(InputError, match=r"dataset\.subset_fraction: 0\.001 of 112 images is none"):
+        data_of(subset_fraction=0.001, subset_rule="ancestor")
+
+
+def test_a_dataset_may_ask_for_rounding_down():
+    counts = (19, 25, 30)
+    data = data_of(images_of(counts, round_down=True))
+    assert data.val.labels.bincount().tolist() == [1, 2, 3]
+    assert data_of(images_of(counts)).val.labels.bincount().tolist() == [2, 3, 3]
+
+
+def test_a_list_of_crop_and_flips_takes_the_fast_path_and_any_other_list_is_streamed():
+    fast = data_of(augmentation=["vertical_flip", {"name": "crop", "padding": 2}, "horizontal_flip"])
+    assert isinstance(fast.train, BatchLoader)
+    assert fast.train.augmentation == Augmentation(2, horizontal=True, vertical=True)
+    assert fast.summary.endswith("augmentation vertical_flip + crop + horizontal_flip (100 views)")
+    slow = data_of(augmentation=["crop", {"name": "rotation", "degrees": 5}])
+    assert isinstance(slow.train, StreamLoader)
+    assert slow.summary.endswith("augmentation crop + rotation")
+    assert isinstance(slow.val, BatchLoader)
+    assert data_of(augmentation=[]).summary.endswith("augmentation none (1 view)")
+    batches = list(slow.train.epoch(0))
+    assert all((batch.views == -1).all() for batch in batches)
+    assert torch.equal(torch.cat([batch.indices for batch in batches]).sort().values, slow.train.indices)
+
+
+def test_the_named_augmentations_are_short_for_lists():
+    for name, listed in (("crop_flip", ["crop", "horizontal_flip"]), ("flip", ["horizontal_flip"]), ("none", [])):
+        for one, other in zip(*(data_of(augmentation=a).train.epoch(1) for a in (name, listed)), strict=True):
+            assert torch.equal(one.images, other.images)
+            assert torch.equal(one.views, other.views)
+
+
+def test_erased_pixels_are_about_0_after_the_runs_own_normalisation():
+    white = images_of(train=Split(torch.full((60, 3, 8, 8), 255, dtype=torch.uint8), torch.arange(60) % 3))
+    erasing = [{"name": "random_erasing", "probability": 1.0}]
+    mean, std = (0.1, 0.5, 0.8), (0.2, 0.25, 0.3)
+    data = data_of(white, augmentation=erasing, mean=list(mean), std=list(std))
+    erased = torch.cat([b.images for b in data.train.epoch(0)]).permute(1, 0, 2, 3).flatten(1).amin(1)
+    assert (erased.abs() <= 0.5 / 255 / torch.tensor(std) + 1e-6).all()
+
+
+def test_workers_change_nothing_but_speed():
+    listed = ["crop", "color_jitter"]
+    alone, helped = (data_of(augmentation=listed, num_workers=n) for n in (0, 2))
+    assert (alone.fingerprint, alone.summary) == (helped.fingerprint, helped.summary)
+    for one, other in zip(alone.train.epoch(0), helped.train.epoch(0), strict=True):
+        assert torch.equal(one.images, other.images)
+
+
+def test_an_unchecked_list_is_checked_here():
+    with pytest.raises(InputError, match=r"dataset\.augmentation\.0\.name: unknown augmentation 'crops'"):
+        data_of(augmentation=["crops"])
+
+
+def test_torchvision_is_not_loaded_for_a_run_that_needs_none_of_it():
+    code = """
+import sys, torch
+from model.data import create, DATASETS
+for augmentation in ("crop_flip", ["horizontal_flip", "vertical_flip"], None):
+    section, _ = DATASETS.resolve({"name": "synthetic", "augmentation": augmentation})
+    list(create(section, seed=0, device=torch.device("cpu")).train.epoch(0))
+DATASETS.resolve({"name": "synthetic", "augmentation": ["rotation", {"name": "rand_augment", "magnitude": 40}]})
+print([name for name in ("torchvision", "sklearn") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_a_resolved_section_is_all_that_create_needs():
     section, problems = DATASETS.resolve({"name": "synthetic", "train_size": 80, "batch_size": 10, "val_fraction": 0.2})
     assert not problems
@@ -224,6 +319,9 @@ def test_a_resolved_section_is_all_that_create_needs():
         ("subset_fraction", 0.0),
         ("subset_fraction", 1.1),
         ("val_seed", "1"),
+        ("validate_on", "train"),
+        ("subset_rule", "first"),
+        ("num_workers", -1),
         ("mean", 0.5),
         ("std", [0.5, 0.0, 0.5]),
     ],

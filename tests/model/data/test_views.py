@@ -3,8 +3,16 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as tv
 
-from model.data.views import AUGMENTATIONS, apply_views, draw_views
+from model.data.views import PLAIN, Augmentation, apply_views, draw_views
 from model.rng import derive_seed
+
+CROP_FLIP = Augmentation(pad=4, horizontal=True)
+FAMILIES = [
+    pytest.param(Augmentation(pad, horizontal, vertical), id=f"pad {pad}{' h' * horizontal}{' v' * vertical}")
+    for pad in (0, 1, 4)
+    for horizontal in (False, True)
+    for vertical in (False, True)
+]
 
 
 def images_of(n: int, height: int = 32, width: int = 32, channels: int = 3, seed: int = 0) -> torch.Tensor:
@@ -12,12 +20,14 @@ def images_of(n: int, height: int = 32, width: int = 32, channels: int = 3, seed
     return torch.randint(0, 256, (n, channels, height, width), dtype=torch.uint8, generator=generator)
 
 
-def shown_by_hand(image: np.ndarray, view: int, name: str) -> np.ndarray:
+def shown_by_hand(image: np.ndarray, view: int, augmentation: Augmentation) -> np.ndarray:
     """One image under one view, pixel by pixel, from the definition in the module's docstring."""
-    pad, flip = AUGMENTATIONS[name].pad, AUGMENTATIONS[name].flip
+    pad = augmentation.pad
     side = 2 * pad + 1
-    flipped, shift = divmod(view, side * side)
-    assert flip or not flipped
+    mirroring, shift = divmod(view, side * side)
+    allowed = [kind for kind in ("horizontal", "vertical") if getattr(augmentation, kind)]
+    mirrored = {kind: bool(mirroring >> position & 1) for position, kind in enumerate(allowed)}
+    assert mirroring < 2 ** len(allowed)
     top, left = divmod((shift + side * side // 2) % (side * side), side)
     _, height, width = image.shape
     out = np.zeros_like(image)
@@ -25,54 +35,64 @@ def shown_by_hand(image: np.ndarray, view: int, name: str) -> np.ndarray:
         for x in range(width):
             source_y, source_x = y + top - pad, x + left - pad
             if 0 <= source_y < height and 0 <= source_x < width:
-                out[:, y, width - 1 - x if flipped else x] = image[:, source_y, source_x]
+                to_y = height - 1 - y if mirrored.get("vertical") else y
+                to_x = width - 1 - x if mirrored.get("horizontal") else x
+                out[:, to_y, to_x] = image[:, source_y, source_x]
     return out
 
 
-@pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_every_view_equals_a_pixel_by_pixel_crop_and_flip(name):
-    views = torch.arange(AUGMENTATIONS[name].num_views)
-    images = images_of(len(views), height=9, width=11)
-    shown = apply_views(images, views, name)
+@pytest.mark.parametrize("augmentation", FAMILIES)
+def test_every_view_equals_a_pixel_by_pixel_crop_and_flip(augmentation):
+    views = torch.arange(augmentation.num_views)
+    images = images_of(len(views), height=7, width=9)
+    shown = apply_views(images, views, augmentation)
     assert shown.dtype == torch.uint8
     for image, view, out in zip(images.numpy(), views.tolist(), shown.numpy(), strict=True):
-        np.testing.assert_array_equal(out, shown_by_hand(image, view, name))
+        np.testing.assert_array_equal(out, shown_by_hand(image, view, augmentation))
 
 
-@pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_views_equal_torchvisions_pad_crop_and_flip(name):
-    augmentation = AUGMENTATIONS[name]
+@pytest.mark.parametrize("augmentation", FAMILIES)
+def test_views_equal_torchvisions_pad_crop_and_flip(augmentation):
     views = torch.arange(augmentation.num_views)
     images = images_of(len(views))
-    tops, lefts, mirrored = augmentation.decode(views)
-    for image, top, left, flip, out in zip(
-        images, tops, lefts, mirrored, apply_views(images, views, name), strict=True
-    ):
+    shown = apply_views(images, views, augmentation)
+    for image, top, left, mirrored, upside_down, out in zip(images, *augmentation.decode(views), shown, strict=True):
         expected = tv.crop(tv.pad(image, [augmentation.pad] * 4), int(top), int(left), 32, 32)
-        assert torch.equal(out, tv.horizontal_flip(expected) if flip else expected)
+        expected = tv.horizontal_flip(expected) if mirrored else expected
+        assert torch.equal(out, tv.vertical_flip(expected) if upside_down else expected)
 
 
-@pytest.mark.parametrize(("name", "count"), [("crop_flip", 162), ("crop", 81), ("flip", 2), ("none", 1)])
-def test_views_are_numbered_one_to_one(name, count):
-    augmentation = AUGMENTATIONS[name]
+@pytest.mark.parametrize(
+    ("augmentation", "count"),
+    [
+        (CROP_FLIP, 162),
+        (Augmentation(pad=4), 81),
+        (Augmentation(horizontal=True), 2),
+        (Augmentation(vertical=True), 2),
+        (Augmentation(horizontal=True, vertical=True), 4),
+        (Augmentation(4, True, True), 324),
+        (PLAIN, 1),
+    ],
+)
+def test_views_are_numbered_one_to_one(augmentation, count):
     assert augmentation.num_views == count
-    top, left, mirrored = augmentation.decode(torch.arange(count))
-    assert len(set(zip(top.tolist(), left.tolist(), mirrored.tolist(), strict=True))) == count
+    top, left, mirrored, upside_down = (part.tolist() for part in augmentation.decode(torch.arange(count)))
+    assert len(set(zip(top, left, mirrored, upside_down, strict=True))) == count
     for corner in (top, left):
-        assert int(corner.min()) >= 0
-        assert int(corner.max()) <= 2 * augmentation.pad
+        assert min(corner) >= 0
+        assert max(corner) <= 2 * augmentation.pad
 
 
-@pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_view_0_is_the_plain_image(name):
+@pytest.mark.parametrize("augmentation", FAMILIES)
+def test_view_0_is_the_plain_image(augmentation):
     images = images_of(5)
-    assert torch.equal(apply_views(images, torch.zeros(5, dtype=torch.int64), name), images)
+    assert torch.equal(apply_views(images, torch.zeros(5, dtype=torch.int64), augmentation), images)
 
 
 def test_the_images_handed_in_are_left_as_they_are():
     images = images_of(4)
     before = images.clone()
-    apply_views(images, torch.tensor([5, 90, 161, 0]), "crop_flip")
+    apply_views(images, torch.tensor([5, 90, 161, 0]), CROP_FLIP)
     assert torch.equal(images, before)
 
 
@@ -81,8 +101,8 @@ def test_any_number_of_channels_and_any_image_size_will_do(shape):
     channels, height, width = shape
     views = torch.tensor([0, 7, 100, 161])
     images = images_of(4, height, width, channels)
-    for image, view, out in zip(images, views, apply_views(images, views, "crop_flip"), strict=True):
-        np.testing.assert_array_equal(out.numpy(), shown_by_hand(image.numpy(), int(view), "crop_flip"))
+    for image, view, out in zip(images, views, apply_views(images, views, CROP_FLIP), strict=True):
+        np.testing.assert_array_equal(out.numpy(), shown_by_hand(image.numpy(), int(view), CROP_FLIP))
 
 
 def splitmix64(state: int) -> int:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +16,10 @@ from torch.nn import functional as F
 
 from model.losses import LOSSES, kd
 from model.losses.ce import CELoss
-from model.losses.kd import KDLoss, kd_loss
+from model.losses.kd import DIVERGENCES, Divergence, KDLoss, kd_loss
 from model.outputs import Batch, Outputs
 
-# Of RepDistiller's DistillKL, on the logits of `golden_logits`.
+# Of RepDistiller's DistillKL and Knowledge-Distillation-Zoo's Logits, on the logits of `golden_logits`.
 GOLDEN = json.loads((Path(__file__).parent / "kd_golden.json").read_text())
 BATCH, CLASSES = 8, 10
 
@@ -98,16 +99,75 @@ def test_batchmean_is_mean_times_the_number_of_classes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("temperature", "batchmean", "mean"),
-    [(1, 0.574477, 0.191492), (3, 0.070658, 0.023553), (4, 0.039024, 0.013008), (5, 0.024584, 0.008195)],
+    ("temperature", "cross_entropy", "half_mse", "batchmean", "mean"),
+    [
+        (1, 1.114707, 0.066031, 0.574477, 0.191492),
+        (3, 1.071103, 0.008918, 0.070658, 0.023553),
+        (4, 1.081414, 0.004827, 0.039024, 0.013008),
+        (5, 1.087017, 0.002993, 0.024584, 0.008195),
+    ],
 )
-def test_the_divergence_without_T_squared_has_the_values_of_other_codebases(
-    temperature: float, batchmean: float, mean: float
+def test_the_divergences_without_T_squared_have_the_values_of_other_codebases(
+    temperature: float, cross_entropy: float, half_mse: float, batchmean: float, mean: float
 ) -> None:
     student, teacher, _ = small_logits()
-    for reduction, expected in (("batchmean", batchmean), ("mean", mean)):
-        value = kd_loss(student, teacher, temperature, reduction).item() / temperature**2
+    cases: list[tuple[Divergence, kd.Reduction, float]] = [
+        ("cross_entropy", "batchmean", cross_entropy),
+        ("mse_probabilities", "mean", half_mse),
+        ("kl", "batchmean", batchmean),
+        ("kl", "mean", mean),
+    ]
+    for divergence, reduction, expected in cases:
+        value = kd_loss(student, teacher, temperature, reduction, divergence, temperature_squared=False).item()
         assert value == pytest.approx(expected, abs=6e-7)
+
+
+def paper_divergence(divergence: str, student: Tensor, teacher: Tensor, temperature: float) -> float:
+    """Returns D of logits over T, summed over classes and averaged over the batch, without T^2."""
+    z_s, z_t = (z.detach().numpy() / temperature for z in (student, teacher))
+    p_s, p_t = softmax(z_s), softmax(z_t)
+    values = {
+        "kl": p_t * (np.log(p_t) - np.log(p_s)),
+        "cross_entropy": -p_t * np.log(p_s),
+        "mse_probabilities": (p_s - p_t) ** 2 / 2,
+        "mse_logits": (z_s - z_t) ** 2,
+    }[divergence]
+    return float(values.sum(axis=1).mean())
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1, 4, 20])
+@pytest.mark.parametrize("divergence", list(DIVERGENCES))
+def test_every_divergence_is_its_formula_in_each_reduction_with_and_without_T_squared(
+    divergence: Divergence, temperature: float
+) -> None:
+    student, teacher = golden_logits()
+    expected = paper_divergence(divergence, student, teacher, temperature)
+    for reduction, divided in (("batchmean", 1), ("mean", CLASSES)):
+        for squared in (True, False):
+            value = kd_loss(student, teacher, temperature, reduction, divergence, squared).item()  # type: ignore[arg-type]
+            assert value == pytest.approx(expected * (temperature**2 if squared else 1) / divided, rel=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 1000.0])
+def test_mse_of_logits_is_the_reference_implementations_whatever_the_temperature(temperature: float) -> None:
+    golden = GOLDEN["MSE_logits"]
+    student, teacher = golden_logits()
+    loss = kd_loss(student, teacher, temperature, "mean", "mse_logits")
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert loss.item() == pytest.approx(golden["loss"], rel=1e-12)
+    assert gradient.norm().item() == pytest.approx(golden["grad_l2"], rel=1e-12)
+    assert gradient.flatten()[:3].tolist() == pytest.approx(golden["grad_first3"], rel=1e-12)
+    assert loss.item() == pytest.approx(F.mse_loss(student, teacher).item(), rel=1e-12)
+
+
+def test_the_soft_cross_entropy_is_the_divergence_plus_the_teachers_entropy_and_has_its_gradient() -> None:
+    student, teacher = golden_logits()
+    cross_entropy, divergence = (kd_loss(student, teacher, 4.0, "batchmean", of) for of in ("cross_entropy", "kl"))
+    p_t = softmax(teacher.numpy() / 4)
+    entropy = -(p_t * np.log(p_t)).sum(axis=1).mean()
+    assert cross_entropy.item() == pytest.approx(divergence.item() + 16 * entropy, rel=1e-12)
+    gradients = [torch.autograd.grad(loss, student)[0] for loss in (cross_entropy, divergence)]
+    np.testing.assert_allclose(*gradients, rtol=1e-10, atol=1e-16)
 
 
 # --- what must hold for the loss whatever its values; each check also has to reject a broken one --------------
@@ -189,6 +249,21 @@ def test_kd_loss_passes(check: Callable[[KDFunction], None]) -> None:
 @pytest.mark.parametrize("check", CHECKS[1:])
 def test_kd_loss_with_the_mean_reduction_passes(check: Callable[[KDFunction], None]) -> None:
     check(lambda student, teacher, temperature: kd_loss(student, teacher, temperature, "mean"))
+
+
+# Of cross-entropies the minimum is not 0; shifted logits have other squared differences.
+@pytest.mark.parametrize(
+    ("divergence", "without"),
+    [
+        ("cross_entropy", {check_equal_logits_are_the_minimum}),
+        ("mse_probabilities", set()),
+        ("mse_logits", {check_gradients_of_a_sample_sum_to_zero}),
+    ],
+)
+def test_kd_loss_with_another_divergence_passes(divergence: Divergence, without: set[Any]) -> None:
+    for check in CHECKS[1:]:
+        if check not in without:
+            check(lambda student, teacher, temperature: kd_loss(student, teacher, temperature, "mean", divergence))
 
 
 def kl_of_kinds(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -281,6 +356,32 @@ def test_totals_are_those_of_the_ancestor(alpha: float, temperature: float, mean
         assert total_of(loss, *small_logits()) == pytest.approx(expected, abs=6e-7)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"alpha": 0.5, "temperature": 4.0, "divergence": "cross_entropy"}, 8.795675),
+        ({"alpha": 0.5, "temperature": 4.0, "divergence": "mse_probabilities", "reduction": "mean"}, 0.182983),
+        ({"alpha": 0.3, "temperature": 5.0, "alpha_of": "hard", "temperature_squared": False}, 0.103826),
+        ({"alpha": 0.8, "temperature": 3.0, "reduction": "mean"}, 0.227324),
+        ({"alpha": 0.2, "temperature": 5.0, "alpha_of": "hard"}, 0.549422),
+    ],
+    ids=["KD-pytorch cse", "KD-pytorch mse", "knowledgeDistillation", "KD", "Knowledge-Distillation"],
+)
+def test_totals_are_those_of_other_codebases(options: dict[str, Any], expected: float) -> None:
+    section, problems = LOSSES.resolve({"name": "kd", **options})
+    assert problems == []
+    assert total_of(LOSSES.create(section), *small_logits()) == pytest.approx(expected, abs=6e-7)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_an_alpha_of_the_labels_is_1_minus_that_of_the_teacher(alpha: float) -> None:
+    student, teacher, labels = small_logits()
+    hard = KDLoss(alpha=alpha, temperature=4.0, alpha_of="hard")
+    soft = KDLoss(alpha=1 - alpha, temperature=4.0)
+    assert terms_of(hard, student, teacher, labels) == terms_of(soft, student, teacher, labels)
+    assert hard.needs_teacher == soft.needs_teacher == (alpha < 1)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 0.9, 1.0])
 def test_alpha_weighs_the_teacher_and_the_rest_the_labels(alpha: float) -> None:
     student, teacher = golden_logits()
@@ -325,29 +426,110 @@ def test_a_teacher_that_is_needed_and_missing_is_refused() -> None:
         terms_of(loss, student, None, labels)
 
 
+# --- noise on the teacher's logits ------------------------------------------------------------------------
+
+
+def noise_of(loss: KDLoss, seed: int, samples: int = 4000) -> Tensor:
+    """Returns the noise: the gradient of a squared difference of logits is twice what is between them."""
+    torch.manual_seed(seed)
+    student = torch.zeros(samples, CLASSES, dtype=torch.float64, requires_grad=True)
+    labels = torch.zeros(samples, dtype=torch.int64)
+    total = terms_of(loss, student, torch.zeros_like(student), labels)["kd"]
+    (gradient,) = torch.autograd.grad(total, student)
+    return gradient * samples / -2
+
+
+def noisy_loss(std: float, probability: float = 1.0) -> KDLoss:
+    return KDLoss(
+        alpha=1.0,
+        temperature=2.0,
+        divergence="mse_logits",
+        teacher_noise_std=std,
+        teacher_noise_probability=probability,
+    )
+
+
+@pytest.mark.parametrize("probability", [1.0, 0.4])
+def test_a_share_of_the_teachers_samples_gets_gaussian_noise_in_training(probability: float) -> None:
+    noise = noise_of(noisy_loss(0.3, probability), seed=0)
+    rows = (noise != 0).any(dim=1)
+    assert rows.double().mean().item() == pytest.approx(probability, abs=0.03)
+    found = noise[rows]
+    assert (found != 0).all(), "a sample has noise on all of its classes or on none"
+    assert found.mean().item() == pytest.approx(0, abs=0.01)
+    assert found.std().item() == pytest.approx(0.3, rel=0.03)
+    kurtosis = (found / found.std()).pow(4).mean().item()
+    assert kurtosis == pytest.approx(3, abs=0.2)  # of a normal distribution
+    correlation = np.corrcoef(found.numpy(), rowvar=False) - np.eye(CLASSES)
+    assert np.abs(correlation).max() < 0.12, "each class has its own"
+
+
+def test_the_noise_is_a_function_of_the_global_seed() -> None:
+    loss = noisy_loss(0.3, 0.4)
+    assert torch.equal(noise_of(loss, seed=1), noise_of(loss, seed=1))
+    assert not torch.equal(noise_of(loss, seed=1), noise_of(loss, seed=2))
+
+
+def test_there_is_no_noise_in_validation_and_nothing_is_drawn_without_it() -> None:
+    assert (noise_of(noisy_loss(0.3).eval(), seed=0) == 0).all()
+    assert (noise_of(noisy_loss(0.0), seed=0) == 0).all()
+    drawn = torch.rand(())
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.rand(()))
+
+
+# --- what the log says ------------------------------------------------------------------------------------
+
+NAMES = {
+    "KL": "kl",
+    "soft CE": "cross_entropy",
+    "squared difference of probabilities / 2": "mse_probabilities",
+    "squared difference of (logits / T)": "mse_logits",
+}
+DESCRIBED = re.compile(
+    r"CE x (\S+) \+ (.+) x (\S+) x (\S+) \(alpha (\S+)( of the labels)?, (.+) at T (\S+)\), mean over the (.*)"
+)
+
+
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("alpha_of", ["teacher", "hard"])
 @pytest.mark.parametrize("reduction", ["batchmean", "mean"])
-@pytest.mark.parametrize("alpha", [0.0, 0.1, 0.37, 0.95, 1.0])
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 20.0])
-def test_describe_states_the_weights_that_forward_applies(alpha: float, temperature: float, reduction: str) -> None:
-    loss = KDLoss(alpha=alpha, temperature=temperature, reduction=reduction)  # type: ignore[arg-type]
-    found = re.match(r"CE x (\S+) \+ KL x (\S+) x (\S+) .*mean over the (.*)$", loss.describe())
-    assert found is not None
-    ce_weight, kl_weight, t2 = (float(text) for text in found.groups()[:3])
+@pytest.mark.parametrize("divergence", list(DIVERGENCES))
+def test_describe_states_the_weights_that_forward_applies(
+    divergence: Divergence, reduction: kd.Reduction, alpha_of: Any, squared: bool
+) -> None:
     student, teacher = golden_logits()
     labels = (3 * torch.arange(BATCH) + 1) % CLASSES
-    divergence = paper_kd(student, teacher, temperature) / temperature**2
-    if found[4] == "batch and the classes":
-        divergence /= CLASSES
-    else:
-        assert found[4] == "batch"
     ce = total_of(CELoss(), student, None, labels)
-    described = ce_weight * ce + kl_weight * t2 * divergence
-    assert described == pytest.approx(total_of(loss, student, teacher, labels), rel=1e-3)
+    for alpha in (0.0, 0.1, 0.37, 0.95, 1.0):
+        for temperature in (0.5, 1.0, 4.0, 20.0):
+            loss = KDLoss(
+                alpha=alpha,
+                temperature=temperature,
+                reduction=reduction,
+                alpha_of=alpha_of,
+                divergence=divergence,
+                temperature_squared=squared,
+            )
+            found = DESCRIBED.fullmatch(loss.describe())
+            assert found is not None
+            assert (float(found[5]), float(found[8])) == pytest.approx((alpha, temperature))
+            assert bool(found[6]) == (alpha_of == "hard")
+            assert found[7] == ("T^2" if squared else "no T^2")
+            soft = paper_divergence(NAMES[found[2]], student, teacher, temperature)
+            soft /= {"batch": 1, "batch, of the teacher term over the classes, too": CLASSES}[found[9]]
+            described = float(found[1]) * ce + float(found[3]) * float(found[4]) * soft
+            assert described == pytest.approx(total_of(loss, student, teacher, labels), rel=1e-3)
 
 
 def test_describe_is_one_readable_line() -> None:
     assert KDLoss(alpha=0.9, temperature=4.0).describe() == (
         "CE x 0.1 + KL x 0.9 x 16 (alpha 0.9, T^2 at T 4), mean over the batch"
+    )
+    noisy = KDLoss(alpha=0.8, temperature=3.0, alpha_of="hard", teacher_noise_std=0.3, teacher_noise_probability=0.4)
+    assert noisy.describe() == (
+        "CE x 0.8 + KL x 0.2 x 9 (alpha 0.8 of the labels, T^2 at T 3), mean over the batch; "
+        "in training N(0, 0.3^2) on the teacher's logits of 0.4 of the samples"
     )
 
 
@@ -365,6 +547,12 @@ def test_describe_is_one_readable_line() -> None:
         ("temperature", float("inf"), "inf is not a finite number"),
         ("temperature", None, "expected a number, got None"),
         ("reduction", "sum", "'sum' is not one of 'batchmean' or 'mean'"),
+        ("alpha_of", "student", "'student' is not one of 'teacher' or 'hard'"),
+        ("divergence", "mse", "'mse' is not one of 'kl', 'cross_entropy', 'mse_probabilities' or 'mse_logits'"),
+        ("temperature_squared", 1, "expected true or false, got 1"),
+        ("teacher_noise_std", -0.1, "-0.1 is below 0"),
+        ("teacher_noise_probability", 0, "0 is not above 0"),
+        ("teacher_noise_probability", 1.1, "1.1 is above 1"),
     ],
 )
 def test_an_option_out_of_range_is_refused(option: str, value: object, problem: str) -> None:
@@ -374,11 +562,19 @@ def test_an_option_out_of_range_is_refused(option: str, value: object, problem: 
     assert found[1].startswith(problem)
 
 
-def test_options_at_their_limits_are_accepted_and_the_reduction_is_batchmean_by_default() -> None:
+def test_options_at_their_limits_are_accepted_and_the_others_are_hintons_by_default() -> None:
     for alpha, temperature in ((0, 1e-3), (1, 1000)):
-        resolved, problems = LOSSES.resolve({"name": "kd", "alpha": alpha, "temperature": temperature})
+        given = {"name": "kd", "alpha": alpha, "temperature": temperature}
+        resolved, problems = LOSSES.resolve(given)
         assert problems == []
-        assert resolved == {"name": "kd", "alpha": alpha, "temperature": temperature, "reduction": "batchmean"}
+        assert resolved == given | {
+            "reduction": "batchmean",
+            "alpha_of": "teacher",
+            "divergence": "kl",
+            "temperature_squared": True,
+            "teacher_noise_std": 0.0,
+            "teacher_noise_probability": 1.0,
+        }
 
 
 def test_alpha_and_temperature_have_no_default() -> None:

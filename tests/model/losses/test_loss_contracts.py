@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from model.engine import autocast, outputs_of
+from model.engine import autocast, outputs_of, probe
 from model.losses import LOSSES
 from model.losses.base import Loss
 from model.losses.kd import KDLoss
 from model.nets import NETS
-from model.outputs import Batch, Outputs
+from model.outputs import Batch, Outputs, Probe
 from model.registry import Registry, options_of
 from model.teacher import FrozenTeacher
 
@@ -98,7 +98,7 @@ def test_required_options_of_every_kind_get_a_value_that_is_accepted() -> None:
 
 # --- what a loss is given -------------------------------------------------------------------------------------
 
-BATCH, CLASSES = 6, 7
+BATCH, CLASSES, SHAPE = 6, 7, (3, 16, 16)
 
 
 @functools.cache
@@ -112,8 +112,21 @@ def nets() -> tuple[nn.Module, nn.Module]:
     return student, teacher
 
 
+@functools.cache
+def probes() -> tuple[Probe, Probe]:
+    student, teacher = nets()
+    return probe(student, "tiny", SHAPE), probe(teacher, "tiny", SHAPE)
+
+
+def attached(loss: Loss) -> Loss:
+    """Returns a loss as a run begins with it."""
+    student, teacher = probes()
+    loss.attach(student, teacher if loss.needs_teacher else None)
+    return loss
+
+
 def batch_of(size: int = BATCH, classes: int = CLASSES) -> Batch:
-    images = torch.randn(size, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(size, *SHAPE, generator=torch.Generator().manual_seed(0))
     indices = torch.arange(size)
     return Batch(images, (3 * indices + 1) % classes, indices, torch.zeros_like(indices))
 
@@ -232,6 +245,18 @@ def leaves_of(tensor: Tensor) -> Iterator[Tensor]:
         queue += [following for following, _ in function.next_functions]
 
 
+def check_neither_net_is_a_part_of_it(create: Create) -> None:
+    """A net that `attach` keeps as a module would be optimised, saved and put into other modes with the loss."""
+    loss = create()
+
+    def parts(*modules: nn.Module) -> set[int]:
+        tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+    assert not parts(loss) & parts(*nets())
+    assert not {id(module) for net in nets() for module in net.modules()} & {id(module) for module in loss.modules()}
+
+
 def check_nothing_reaches_the_teacher(create: Create, freeze: Callable[[nn.Module], nn.Module] = FrozenTeacher) -> None:
     loss = create()
     net = copy.deepcopy(nets()[1])
@@ -324,6 +349,7 @@ CHECKS: list[Check] = [
     check_it_reads_no_more_than_it_says,
     check_gradient_reaches_the_student_and_every_parameter,
     check_every_learnable_tensor_is_a_parameter,
+    check_neither_net_is_a_part_of_it,
     check_nothing_reaches_the_teacher,
     check_its_inputs_are_left_alone,
     check_loss_and_gradient_are_finite_at_logit_gaps_of_200,
@@ -340,7 +366,7 @@ def id_of(check: Check) -> str:
 @pytest.mark.parametrize("check", CHECKS, ids=id_of)
 @pytest.mark.parametrize("name", list(LOSSES))
 def test_contract(name: str, check: Check) -> None:
-    check(lambda: LOSSES.create(section_of(LOSSES, name)))
+    check(lambda: attached(LOSSES.create(section_of(LOSSES, name))))
 
 
 @pytest.mark.parametrize("name", list(LOSSES))
@@ -357,16 +383,24 @@ class Hint(Loss):
     Source: made here.
 
     Args:
-        width: Width of the embeddings.
+        scale: Where the learnt scale begins.
     """
 
     needs = frozenset({"embedding", "features"})
     needs_teacher = True
 
-    def __init__(self, *, width: int = 32) -> None:
+    def __init__(self, *, scale: Annotated[float, Field(gt=0)] = 1.0) -> None:
         super().__init__()
-        self.adapter = nn.Sequential(nn.Linear(width, width, bias=False), nn.BatchNorm1d(width))
-        self.log_scale = nn.Parameter(torch.zeros(()))
+        self.log_scale = nn.Parameter(torch.tensor(scale).log())
+
+    def attach(self, student: Probe, teacher: Probe | None) -> None:
+        assert teacher is not None
+        own, other = student.outputs.embedding, teacher.outputs.embedding
+        assert own is not None
+        assert other is not None
+        self.adapter = nn.Sequential(
+            nn.Linear(own.shape[1], other.shape[1], bias=False), nn.BatchNorm1d(other.shape[1])
+        )
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
@@ -382,7 +416,7 @@ class Hint(Loss):
 
 @pytest.mark.parametrize("check", CHECKS, ids=id_of)
 def test_a_loss_with_adapters_can_pass(check: Check) -> None:
-    check(Hint)
+    check(lambda: attached(Hint()))
     check_documentation(Hint)
 
 
@@ -463,6 +497,18 @@ class Forgetful(WithKD):
         return {"kd": super().forward(student, teacher, batch)["kd"] * self.weight}
 
 
+class TeacherKept(WithKD):
+    def attach(self, student: Probe, teacher: Probe | None) -> None:
+        assert teacher is not None
+        self.teacher = teacher.net
+
+
+class ClassifierShared(WithKD):
+    def attach(self, student: Probe, teacher: Probe | None) -> None:
+        assert teacher is not None
+        self.register_buffer("classifier", teacher.net.get_parameter("linear.weight").detach())
+
+
 class InPlace(WithKD):
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
@@ -506,6 +552,8 @@ class WithoutASource(WithKD):
         (IdleParameter, check_gradient_reaches_the_student_and_every_parameter),
         (ScalesInAList, check_every_learnable_tensor_is_a_parameter),
         (Forgetful, check_its_state_dict_is_all_there_is_to_it),
+        (TeacherKept, check_neither_net_is_a_part_of_it),
+        (ClassifierShared, check_neither_net_is_a_part_of_it),
         (InPlace, check_its_inputs_are_left_alone),
         (SilentlyGreedy, check_it_reads_no_more_than_it_says),
         (TwoLines, check_it_is_described_in_one_line),
@@ -516,7 +564,7 @@ class WithoutASource(WithKD):
 )
 def test_the_contract_rejects_a_broken_loss(broken: Create, check: Check) -> None:
     with pytest.raises(AssertionError):
-        check(broken)
+        check(lambda: attached(broken()))
 
 
 def test_the_contract_rejects_a_teacher_that_is_not_frozen() -> None:

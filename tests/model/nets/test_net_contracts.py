@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.testing import assert_close
 
 from model.nets import NETS
@@ -16,11 +17,13 @@ from model.registry import options_of
 
 NUM_CLASSES = 7
 MEMBERS = {"torchvision/": ["torchvision/resnet18", "torchvision/mobilenet_v3_small"]}
-NAMES = [name for entry in NETS for name in MEMBERS.get(entry, [entry])]
-
-every_net = pytest.mark.parametrize("name", NAMES)
 # A loss finds the layers of torchvision's nets by their paths.
-every_net_of_ours = pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("torchvision/")])
+OURS = [name for name in NETS if name not in MEMBERS]
+NAMES = OURS + [name for members in MEMBERS.values() for name in members]
+
+# The scope makes pytest run all tests of a net in a row, so that one net at a time is in memory.
+every_net = pytest.mark.parametrize("name", NAMES, scope="module")
+every_net_of_ours = pytest.mark.parametrize("name", OURS, scope="module")
 
 
 def create(name: str) -> nn.Module:
@@ -28,7 +31,7 @@ def create(name: str) -> nn.Module:
     return net
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def net_in_eval(name: str) -> nn.Module:
     """Returns one net for all tests of a name: to initialise the large ones takes longer than to run them."""
     torch.manual_seed(230)
@@ -74,13 +77,34 @@ def test_forward_returns_the_logits_of_forward_with_features(name: str) -> None:
 
 
 @every_net_of_ours
-def test_a_feature_is_the_relu_of_its_preact(name: str) -> None:
-    _, outputs = outputs_of(name)
+def test_a_feature_is_the_activation_of_its_preact(name: str) -> None:
+    net, outputs = outputs_of(name)
+    activation = getattr(net, "activation", F.relu)
     assert len(outputs.features) == len(outputs.preacts) >= 2
     for feature, preact in zip(outputs.features, outputs.preacts, strict=True):
         assert feature.ndim == 4
-        assert torch.equal(preact.relu(), feature)
+        assert torch.equal(activation(preact), feature)
         assert preact.min() < 0, "an in-place ReLU has overwritten the preact"
+
+
+@every_net_of_ours
+def test_a_stage_norm_is_the_last_one_before_its_preact(name: str) -> None:
+    net: Any = net_in_eval(name)
+    outputs = net.forward_with_features(images_for(net, name))
+    norms = getattr(net, "stage_norms", ())
+    assert len(norms) in (0, len(outputs.preacts))
+    for norm, preact in zip(norms, outputs.preacts, strict=False):
+        assert isinstance(norm, nn.BatchNorm2d)
+        assert norm.num_features == preact.shape[1]
+        # What is between them, a shortcut to add or a maximum to take, moves every value as the bias moves.
+        (slope,) = torch.autograd.grad(preact.sum(), norm.bias, retain_graph=True)
+        assert (slope == preact[:, 0].numel()).all()
+
+
+@every_net
+def test_the_size_of_images_is_one_number_or_any(name: str) -> None:
+    size = net_in_eval(name).input_size
+    assert size is None or isinstance(size, int)
 
 
 @every_net_of_ours
@@ -94,15 +118,15 @@ def test_the_classifier_maps_the_embedding_to_the_logits(name: str) -> None:
 
 
 @every_net
-def test_gradient_reaches_every_parameter(name: str) -> None:
+def test_gradient_reaches_every_parameter_but_those_said_to_be_unused(name: str) -> None:
     # In eval mode: with batch statistics a convolution's bias has no influence and rightly gets no gradient.
     net = net_in_eval(name)
     logits = net(images_for(net, name))
     coefficients = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
     parameters = dict(net.named_parameters())
     gradients = torch.autograd.grad((logits * coefficients).sum(), list(parameters.values()), allow_unused=True)
-    unreached = [key for key, g in zip(parameters, gradients, strict=True) if g is None or not g.abs().sum() > 0]
-    assert unreached == []
+    unreached = {key for key, g in zip(parameters, gradients, strict=True) if g is None or not g.abs().sum() > 0}
+    assert unreached == getattr(net, "unused_parameters", set())
 
 
 @every_net
@@ -150,7 +174,8 @@ def test_every_option_is_described_and_a_source_is_named(name: str) -> None:
 def test_its_defaults_are_valid_options(name: str) -> None:
     section, problems = NETS.resolve({"name": name})
     assert problems == []
-    assert set(section) == {"name", *options_of(NETS[name])}
+    options = [option for function in NETS.functions(NETS[name]) for option in options_of(function)]
+    assert sorted(section) == sorted(["name", *options])
 
 
 def test_an_unknown_net_is_refused_with_the_nearest_name() -> None:

@@ -1,4 +1,4 @@
-"""`cnn` and `resnet18` against the ancestor's: keys, shapes and logits for weights and images in closed form.
+"""The six nets that the ancestor names against its own: keys, shapes, number of parameters, and logits of three.
 
 `upstream_nets.json` and the closed forms are those of shared/vectors/README.md.
 """
@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from model.nets import NETS
 
@@ -41,22 +41,33 @@ def closed_form_weight(key: str, shape: tuple[int, ...], position: int) -> Tenso
 
 def closed_form_images() -> Tensor:
     b, c, y, x = np.meshgrid(*(np.arange(size, dtype=np.float64) for size in (4, 3, 32, 32)), indexing="ij")
-    images = 1.5 * np.sin(0.35 * x * (c + 1) + 0.21 * y + 0.9 * b) + 0.5 * np.cos(0.13 * x * y + b)
-    return torch.from_numpy(images.astype(np.float32))
+    values = 1.5 * np.sin(0.35 * x * (c + 1) + 0.21 * y + 0.9 * b) + 0.5 * np.cos(0.13 * x * y + b)
+    return torch.from_numpy(values.astype(np.float32))
 
 
-def keys_and_shapes(net: nn.Module) -> list[list[Any]]:
-    return [[key, list(tensor.shape)] for key, tensor in net.state_dict().items()]
+def create_without_memory(name: str) -> nn.Module:
+    with torch.device("meta"):
+        net: nn.Module = NETS.create({"name": name}, 10)
+    return net
+
+
+def test_the_vectors_are_those_of_the_six_nets_that_the_ancestor_names() -> None:
+    assert list(VECTORS) == ["cnn", "resnet18", "wrn", "densenet", "resnext29", "preresnet110"]
 
 
 @pytest.mark.parametrize("name", VECTORS)
 def test_state_dict_has_the_ancestors_keys_and_shapes_in_order(name: str) -> None:
-    with torch.device("meta"):
-        net = NETS.create({"name": name}, 10)
-    assert keys_and_shapes(net) == VECTORS[name]["state_dict"]
+    state = create_without_memory(name).state_dict()
+    assert [[key, list(tensor.shape)] for key, tensor in state.items()] == VECTORS[name]["state_dict"]
 
 
 @pytest.mark.parametrize("name", VECTORS)
+def test_there_are_as_many_parameters_as_in_the_ancestors(name: str) -> None:
+    net = create_without_memory(name)
+    assert sum(parameter.numel() for parameter in net.parameters()) == VECTORS[name]["parameters"]
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet18", "densenet"])
 def test_logits_are_the_ancestors(name: str) -> None:
     net = NETS.create({"name": name}, 10)
     net.load_state_dict(
@@ -68,4 +79,4 @@ def test_logits_are_the_ancestors(name: str) -> None:
     expected = torch.tensor(VECTORS[name]["logits"])
     with torch.no_grad():
         logits = net.eval()(closed_form_images())
-    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-3 * expected.abs().max().item())
+    assert_close(logits, expected, rtol=0, atol=1e-3 * expected.abs().max().item())
