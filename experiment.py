@@ -164,6 +164,46 @@ def load_initial(path: Path) -> tuple[dict[str, Any], str]:
         raise RunError(f"{role} {error}; name a directory or a .pth.tar file", "params") from None
 
 
+def find_weights(model_dir: Path, restore_file: str) -> Path | None:
+    """Returns the file or directory whose weights training is to begin with; None where a resume does just that.
+
+    Training would write over what another program has left under its own names: that is kept as `ancestor_<name>`.
+
+    Args:
+        model_dir: The directory that is trained.
+        restore_file: `last` or another name of a checkpoint in it, or the path of a checkpoint or an experiment.
+
+    Raises:
+        RunError: The directory's own run can go on from its last epoch only.
+    """
+    path = Path(restore_file)
+    if path.suffix != ".tar" and not path.is_dir():
+        path = model_dir / f"{restore_file}.pth.tar"
+    kept = path.with_name(f"ancestor_{path.name}")
+    if path.parent.resolve() != model_dir.resolve() or not (path.exists() or kept.exists()):
+        return path
+    for file in (model_dir / "last.pth.tar", model_dir / "best.pth.tar"):
+        if is_foreign(file):
+            file.rename(file.with_name(f"ancestor_{file.name}"))
+            log.info("%s is another program's: kept as ancestor_%s", file, file.name)
+    if kept.exists():
+        return kept
+    if path.name == "last.pth.tar":
+        return None
+    if path.name in ("best.pth.tar", "prev.pth.tar"):
+        line = f"--restore_file {restore_file}: {model_dir} goes on from its last epoch"
+        raise RunError(f"{line}; to begin with those weights, give {path} for another directory")
+    return path
+
+
+def is_foreign(path: Path) -> bool:
+    """Tells whether a file is a checkpoint, but of another program."""
+    try:
+        return load_checkpoint(path, foreign=True)[0]["net"] is None
+    except RunError:
+        return False
+
+
 class Experiment:
     """One experiment directory, as `train.py` writes it.
 
@@ -396,11 +436,7 @@ class Experiment:
 
     def _refuse_foreign(self, path: Path) -> None:
         """Tells of a checkpoint that another program left under the name of ours: it must not be lost."""
-        try:
-            foreign = load_checkpoint(path, foreign=True)[0]["net"] is None
-        except RunError:
-            return
-        if foreign:
+        if is_foreign(path):
             name = path.name.removesuffix(".pth.tar")
             way = f"begin with its weights by --restore_file {name} (it is kept under another name), or move it away"
             raise RunError(f"{path} is another program's; {way}", "checkpoint")

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from checkpoint import load_checkpoint
-from experiment import Experiment, load_initial, load_teacher_checkpoint, read_status
+from experiment import Experiment, find_weights, load_initial, load_teacher_checkpoint, read_status
 from model import data, legacy, nets, schema
 from model.data import DATASETS
 from model.engine import (
@@ -93,32 +92,6 @@ def check(model_dirs: Sequence[Path], overrides: Sequence[str]) -> int:
             print(error, file=sys.stderr)
     print(f"{len(model_dirs) - wrong} of {len(model_dirs)} params.json pass the check")
     return USAGE if wrong else OK
-
-
-def begin_with(args: argparse.Namespace) -> str | None:
-    """Returns the override that begins with the weights which `--restore_file` names; None where a resume does.
-
-    What another program left under the names that training writes is kept under other names.
-    """
-    model_dir = args.model_dir[0]
-    path = Path(args.restore_file)
-    if path.suffix != ".tar" and not path.is_dir():
-        path = model_dir / f"{args.restore_file}.pth.tar"
-    if path.parent.resolve() == model_dir.resolve() and path.name in ("last.pth.tar", "best.pth.tar"):
-        kept = path.with_name(f"ancestor_{path.name}")
-        if path.exists() and load_checkpoint(path, foreign=True)[0]["net"] is None:
-            for file in (path, path.with_name("last.pth.tar"), path.with_name("best.pth.tar")):
-                if file.exists():
-                    file.rename(file.with_name(f"ancestor_{file.name}"))
-                    log.info("%s is another program's: kept as ancestor_%s", file, file.name)
-        elif path.exists() and path.name == "best.pth.tar" and not kept.exists():
-            line = f"--restore_file best: {model_dir} goes on from its last epoch"
-            raise RunError(f"{line}; to begin with its best weights, name {path} from another directory")
-        elif path.exists() and not kept.exists():
-            return None
-        path = kept
-    log.info("beginning with the weights of %s; optimizer and epochs begin anew", path)
-    return f"student.init_from={path}"
 
 
 def train_teacher(args: argparse.Namespace, params: Params, students: Sequence[Path]) -> None:
@@ -323,8 +296,9 @@ def train(args: argparse.Namespace, students: Sequence[Path] = ()) -> int:
     """Trains `args.model_dir`, whose own students, if it is trained as a teacher, are `students`."""
     model_dir = args.model_dir[0]
     params = load_params(model_dir, args.overrides)
-    if args.restore_file and (override := begin_with(args)):
-        args.overrides.append(override)
+    if args.restore_file and (weights := find_weights(model_dir, args.restore_file)):
+        log.info("beginning with the weights of %s; optimizer and epochs begin anew", weights)
+        args.overrides.append(f"student.init_from={weights}")
         params = load_params(model_dir, args.overrides)
     if not args.restart and Experiment(model_dir).is_finished(params):
         log.info("%s is finished: %d epochs. Nothing to do; --restart begins anew.", model_dir, params.num_epochs)

@@ -633,6 +633,15 @@ def test_restore_file_last_of_our_own_is_the_resume_that_happens_anyway(script: 
     assert "goes on from its last epoch" in refused.err
 
 
+def test_restore_file_names_what_is_not_there(script: Script, make_experiment: Make) -> None:
+    folder = make_experiment()
+    for name, told in (("best", f"{folder}/best.pth.tar: does not exist"), ("a/b.pth.tar", "a/b.pth.tar: does not")):
+        ended = script(train, "--model_dir", folder, "--restore_file", name)
+        assert ended.status == 2
+        assert told in ended.err
+    assert sorted(path.name for path in folder.iterdir()) == ["params.json"]
+
+
 def test_a_run_of_an_older_version_goes_on_when_an_option_has_come_since(script: Script, make_experiment: Make) -> None:
     folder, twin = make_experiment("folder"), make_experiment("twin")
     for path in (folder, twin):
