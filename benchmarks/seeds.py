@@ -55,18 +55,28 @@ TWENTIETH = {"subset_fraction": 0.05, "val_fraction": 0.02}
 LARGE = {"image_size": 224, "stream": True, "val_fraction": 0.2}
 GROUPS = {
     "s003": Group(
-        "Seed 003: VGG-19 teaches a CNN of three blocks (14,700 images)",
+        "Seed 003: ResNet-34 (its other teacher) teaches a CNN of three blocks (14,700 images)",
         THIRD,
         [
-            [Scaled("s003/teacher_vgg19bn", 12), Scaled("s003/student_ce", 10)],
-            [Scaled("s003/kd_T5", 10), Scaled("s003/kd_T20", 10)],
+            [Scaled("s003/teacher_resnet34", 20), Scaled("s003/student_ce", 20)],
+            [
+                Scaled("s003/kd_T5", 20, {"teacher.model_dir": "experiments/s003/teacher_resnet34"}),
+                Scaled("s003/kd_T20", 20, {"teacher.model_dir": "experiments/s003/teacher_resnet34"}),
+            ],
         ],
     ),
     "s000": Group(
         "Seed 000: VGG-16 teaches a CNN of four blocks (14,700 images)",
         THIRD,
         [
-            [Scaled("s000/teacher_vgg16", 10, {"schedule.milestones": [6, 9]}), Scaled("s000/student_scratch", 20)],
+            [
+                Scaled(
+                    "s000/teacher_vgg16",
+                    10,
+                    {"schedule.milestones": [6, 9], "schedule.warmup_epochs": 1, "optimizer.learning_rate": 0.05},
+                ),
+                Scaled("s000/student_scratch", 20),
+            ],
             [Scaled("s000/kd_ce_T16_a0.5", 20)],
         ],
     ),

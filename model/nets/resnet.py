@@ -50,15 +50,16 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions, the last four times as wide. Returns the sum before the block's last ReLU."""
+    """1x1, 3x3 and 1x1 convolutions, the last `expansion` times as wide. Returns the sum before its last ReLU."""
 
     expansion = 4
+    groups = 1  # of the 3x3 convolution
 
     def __init__(self, in_channels: int, width: int, stride: int, shortcut: Shortcut) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, groups=self.groups, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, self.expansion * width, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(self.expansion * width)
@@ -90,7 +91,9 @@ class ResNet(nn.Module):
     Args:
         num_classes: Number of logits.
         num_blocks: Blocks of each stage.
-        widths: Width of each stage; the stem has the first one.
+        widths: Width of each stage.
+        stem_width: Channels of the stem; by default the first of `widths`.
+        stem_size: Kernel of the stem's convolution.
         block: The kind of block.
         shortcut: Makes a block's shortcut from (input channels, output channels, stride).
     """
@@ -104,12 +107,14 @@ class ResNet(nn.Module):
         num_blocks: Sequence[int],
         *,
         widths: Sequence[int] = (64, 128, 256, 512),
+        stem_width: int | None = None,
+        stem_size: int = 3,
         block: type[BasicBlock] | type[Bottleneck] = BasicBlock,
         shortcut: Shortcut = conv_shortcut,
     ) -> None:
         super().__init__()
-        channels = widths[0]
-        self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        channels = stem_width or widths[0]
+        self.conv1 = nn.Conv2d(3, channels, stem_size, padding=stem_size // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.stage_names = tuple(f"layer{number}" for number in range(1, len(widths) + 1))
         for name, width, depth in zip(self.stage_names, widths, num_blocks, strict=True):

@@ -387,7 +387,7 @@ def test_a_probe_of_a_foreign_net_has_logits_only() -> None:
 
 def test_images_that_a_net_does_not_take_are_one_line() -> None:
     cnn = NETS.create({"name": "cnn"}, CLASSES)
-    with pytest.raises(InputError, match="net 'cnn' does not take the dataset's images of 3x16x16: .*32x32"):
+    with pytest.raises(InputError, match=r"net 'cnn' does not take the dataset's images of 3x16x16: .*32x32"):
         engine.probe(cnn, "cnn", (3, 16, 16))
 
 

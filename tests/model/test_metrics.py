@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.metrics import (
-    calibrated_temperature,
     agreement,
+    calibrated_temperature,
     confusion_matrix,
     count_macs,
     count_parameters,

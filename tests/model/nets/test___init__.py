@@ -99,7 +99,7 @@ def test_weights_of_another_net_are_refused_with_the_file(donor: str, part: str)
 
 
 def test_a_wider_net_is_not_mistaken_for_another_classifier() -> None:
-    with pytest.raises(InputError, match="size mismatch for conv1.weight"):
+    with pytest.raises(InputError, match=r"size mismatch for conv1\.weight"):
         nets.adopt(create("tiny"), create("tiny", width=8).state_dict(), "x")
 
 

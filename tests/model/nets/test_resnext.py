@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch.testing import assert_close
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from model.nets import NETS
-from model.nets.resnext import ResNeXt
+from model.nets.resnext import resnext
 from model.nets.resnext_cifar import ResNeXtCifar
 
 NAMES = [
@@ -37,10 +38,10 @@ def torchvision_reference(groups: int, width_per_group: int, stem: int) -> nn.Mo
 # torchvision's first stage is 256 channels wide outside; so is kuangliu's where all groups together have 128.
 @pytest.mark.parametrize(
     ("family", "cardinality", "group_width", "stem"),
-    [(ResNeXt, 32, 4, 1), (ResNeXt, 2, 64, 1), (ResNeXtCifar, 4, 8, 3)],
+    [(resnext, 32, 4, 1), (resnext, 2, 64, 1), (ResNeXtCifar, 4, 8, 3)],
 )
 def test_logits_and_features_are_torchvisions(
-    family: type[nn.Module], cardinality: int, group_width: int, stem: int
+    family: Callable[..., nn.Module], cardinality: int, group_width: int, stem: int
 ) -> None:
     net: Any = randomise(family(10, cardinality=cardinality, group_width=group_width))
     reference: Any = torchvision_reference(cardinality, group_width, stem).double()
