@@ -1,8 +1,9 @@
 """Writes one table of many experiments: `python synthesize_results.py --parent_dir experiments/cnn_distill`.
 
 Every folder with a params.json at or below the parent directory is a row, whatever became of it. The table goes to
-the terminal and to results.md, and to results.csv with full precision, both in the parent directory. With --plots each
-run gets a curves.png (loss, accuracy and learning rate over epochs), the parent directory a comparison.png.
+the terminal and to results.md, and to results.csv with full precision, both in the parent directory. Runs that differ
+in nothing but the seed get a second table below it: the mean and the spread of each such group. With --plots each run
+gets a curves.png (loss, accuracy and learning rate over epochs), the parent directory a comparison.png.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from process import run_main
 from report.collect import collect, compare_temperatures
 from report.plots import draw_plots, read_journals
+from report.statistics import average_seeds
 from report.tables import METRICS, create_frame, one_line, sort_rows, summary, to_csv, to_markdown
 from utils import OK, write_file
 
@@ -41,7 +43,8 @@ def main() -> int:
     frame = create_frame(sort_rows(rows, args.sort))
     command = one_line(shlex.join(["python", "synthesize_results.py", *sys.argv[1:]]))
     notes = [one_line(line) for line in compare_temperatures(rows)]
-    text = "\n\n".join([f"`{command}` found {summary(rows)}", to_markdown(frame), *notes, *warnings]) + "\n"
+    title = f"`{command}` found {summary(rows)}"
+    text = "\n\n".join([title, to_markdown(frame), *average_seeds(rows), *notes, *warnings]) + "\n"
     try:
         for name, content in (("results.md", text), ("results.csv", to_csv(frame))):
             write_file(args.parent_dir / name, content.encode())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,8 +13,10 @@ from helpers import Make, Script
 
 import synthesize_results
 import train
+from model import schema
 from report.plots import points, read_journal
-from utils import RunError, write_json
+from sweep import study
+from utils import RunError, read_json, write_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,7 +45,8 @@ def test_the_terminal_and_results_md_show_the_same_and_csv_stands_beside(
     assert synthesize(monkeypatch, "--parent_dir", ".") == 0
     text = (tmp_path / "results.md").read_text()
     assert capsys.readouterr().out == text
-    first, blank, header, _, *rows = text.splitlines()
+    experiments, _ = text.split("\n\nmeans ± ")
+    first, blank, header, _, *rows = experiments.splitlines()
     command = "python synthesize_results.py --parent_dir ."
     assert (first, blank) == (f"`{command}` found 3 experiments: 2 completed, 1 pending", "")
     assert header.startswith("| experiment")
@@ -231,6 +235,53 @@ def test_the_best_temperature_is_compared_with_the_calibrated_one_below_the_tabl
     assert blank == ""
     assert line.startswith("best T of these runs: 4 (val accuracy 0.7500); the teacher ")
     assert line.endswith("--split val --calibrate`")
+
+
+def table_of_means(text: str) -> list[list[str]]:
+    """Returns the cells of the second table, its header first."""
+    lines = text.split("\n\n")[3].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:1] + lines[2:]]
+
+
+def test_real_runs_of_two_seeds_have_a_mean_below_the_table_and_csv_has_the_runs(
+    make_experiment: Make, script: Script
+) -> None:
+    folders = [make_experiment(f"seed_{seed}", seed=seed) for seed in (1, 2, 3)]
+    for folder in folders[:2]:
+        assert script(train, "--model_dir", folder).status == 0
+    text = script(synthesize_results, "--parent_dir", folders[0].parent).out
+    first, second = (read_json(folder / "metrics_val_best_weights.json")["accuracy"] for folder in folders[:2])
+    # Of two numbers the sample standard deviation is their distance over the root of 2.
+    spread = f"{(first + second) / 2:.4f} ± {abs(first - second) / 2**0.5:.4f}"
+    (header, line) = table_of_means(text)
+    assert (header[0], line[:3]) == ("n", ["2 of 3", "1, 2", f"**{spread}**"])
+    assert text.endswith("\n\nnot completed yet or without val accuracy, so not in n: 1 of these 3 runs\n")
+    assert len((folders[0].parent / "results.csv").read_text().splitlines()) == 1 + 3
+
+
+def test_the_five_seeds_of_seed_000_are_one_row_per_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    children = []
+    for search in sorted((ROOT / "experiments" / "s000" / "todo_5seeds").glob("*/search.json")):
+        parent = tmp_path / search.parent.name
+        parent.mkdir()
+        for name in ("params.json", "search.json"):
+            shutil.copy(search.parent / name, parent)
+        children += study.plan(parent)
+    study.write(children)
+    for child in children:
+        params, problems = schema.resolve(child.params)
+        assert problems == []
+        write_json(child.dir / "run.json", {"status": "completed", "params": params})
+        write_json(child.dir / "metrics_val_best_weights.json", {"accuracy": 0.8 + child.params["seed"] / 100})
+    synthesize(monkeypatch, "--parent_dir", tmp_path)
+    header, *lines = table_of_means(capsys.readouterr().out)
+    assert (len(children), len(lines)) == (80, 16)
+    # 0.80 to 0.84: the squared deviations are 4, 1, 0, 1 and 4 of 1e-4, a fourth of whose sum is 2.5e-4.
+    assert {tuple(line[-4:]) for line in lines} == {("5", "0, 1, 2, 3, 4", "**0.8200 ± 0.0158**", "")}
+    assert not {"experiment", "seed"} & set(header)
+    assert len({tuple(line[:-4]) for line in lines}) == 16
 
 
 def run_script(*arguments: object) -> subprocess.CompletedProcess[str]:
