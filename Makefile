@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 demo: export OMP_NUM_THREADS := 1
 test test-all: export OMP_NUM_THREADS := 1
 
-.PHONY: help setup demo test test-all lint format bench readme clean
+.PHONY: help setup demo test test-all lint format bench bench-seeds readme clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -29,7 +29,7 @@ demo: $(READY) ## train a teacher, distil a student, search alpha and T, print t
 	$(PY) train.py --model_dir experiments/demo/student_kd
 	$(PY) search_hyperparams.py --parent_dir experiments/demo/alpha_temp --jobs 2
 	for run in teacher student student_kd; do $(PY) evaluate.py --model_dir experiments/demo/$$run || exit; done
-	$(PY) synthesize_results.py --parent_dir experiments/demo
+	$(PY) synthesize_results.py --parent_dir experiments/demo --plots
 
 test: $(READY) lint ## lint, then the tests that take seconds
 	$(PY) -m pytest
@@ -45,6 +45,9 @@ lint: $(READY) ## ruff and mypy
 format: $(READY) ## let ruff format and mend
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+bench-seeds: $(READY) ## the five seeds' experiments scaled down (about an hour): make bench-seeds DATA_DIR=...
+	$(PY) benchmarks/seeds.py --data_dir $(or $(DATA_DIR),data) --jobs 2
 
 bench: $(READY) ## KD against the student alone on CIFAR-10, 3 seeds each (about an hour): make bench DATA_DIR=...
 	$(PY) benchmarks/kd_cifar10.py --data_dir $(or $(DATA_DIR),data)

@@ -33,6 +33,7 @@ METRICS = {
     "epoch": Metric("epoch (best)", "val_best.epoch", sign=1, digits=0),
     "val_accuracy_last": Metric("val accuracy (last)", "val_last.accuracy"),
     "test_accuracy": Metric("test accuracy", "test_best.accuracy", always=False),
+    "test_top5": Metric("test top-5 accuracy", "test_best.accuracy_top5", always=False),
     "test_accuracy_last": Metric("test accuracy (last)", "test_last.accuracy", always=False),
 }
 DIGITS = {metric.header: metric.digits for metric in METRICS.values()}
