@@ -122,6 +122,19 @@ def test_sort_names_another_metric(
     assert "**0.7500**" in rows[1]
 
 
+def test_top_5_is_shown_where_it_was_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "a", 0.5)
+    synthesize(monkeypatch, "--parent_dir", tmp_path)
+    assert "top-5" not in capsys.readouterr().out
+    write_json(tmp_path / "a" / "metrics_test_best_weights.json", {"accuracy": 0.5, "accuracy_top5": 0.875})
+    synthesize(monkeypatch, "--parent_dir", tmp_path)
+    header, _, row = capsys.readouterr().out.splitlines()[2:5]
+    cells = dict(zip(*([cell.strip(" *") for cell in line.split("|")] for line in (header, row)), strict=True))
+    assert cells["test top-5 accuracy"] == "0.8750"
+
+
 def test_names_that_no_file_can_hold_do_not_stop_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (b"not\xffutf8", b"new\nline", b"pi|pe", b"=cmd()", b"-x"):
         write(tmp_path / name.decode(errors="surrogateescape"), 0.5)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import signal
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any, Self
 
@@ -113,9 +115,9 @@ class _Readers:
     """
 
     def __init__(self, reader: _Reader, num_workers: int, pin_memory: bool) -> None:
-        self._options: dict[str, Any] = {"num_workers": num_workers, "persistent_workers": num_workers > 0}
-        self._options |= {"pin_memory": pin_memory, "worker_init_fn": _begin_worker}
         self._reader = reader
+        self._num_workers = num_workers
+        self._pin_memory = pin_memory
         self._requests: list[Request] = []
         self._turn = 0
         self._loader: DataLoader[Any] | None = None
@@ -127,19 +129,29 @@ class _Readers:
         self._turn += 1
         turn = self._turn
         self._requests[:] = requests
-        with _signals_held():
-            if self._loader is None:
-                # A request is a batch. The generator is for a seed that nobody uses: it would be drawn from the
-                # global generator.
-                generator = torch.Generator()
-                self._loader = DataLoader(
-                    self._reader, sampler=self._requests, batch_size=None, generator=generator, **self._options
-                )
+        if self._loader is None:
+            self._loader = self._open()
+            with _signals_held():
+                self._stream = iter(self._loader)
+        else:
             self._stream = iter(self._loader)
         for _ in requests:
             if turn != self._turn or self._stream is None:
                 raise RuntimeError("this epoch was ended by a later one; finish an epoch before the next is begun")
             yield next(self._stream)
+
+    def _open(self) -> DataLoader[Any]:
+        loader: DataLoader[Any] = DataLoader(
+            self._reader,
+            sampler=self._requests,
+            batch_size=None,  # a request is a batch
+            num_workers=self._num_workers,
+            persistent_workers=self._num_workers > 0,
+            pin_memory=self._pin_memory,
+            worker_init_fn=partial(_begin_worker, os.getpid()),
+            generator=torch.Generator(),  # of a seed that nobody uses; it would come from the global generator
+        )
+        return loader
 
     def close(self) -> None:
         self._loader = self._stream = None
@@ -172,7 +184,9 @@ def available_cores() -> int:
 # either: multiprocessing waits at exit for whom it sent one.
 
 
-def _begin_worker(_: int) -> None:
+def _begin_worker(run: int, _: int) -> None:
+    if multiprocessing.get_start_method() == "fork" and os.getppid() != run:
+        os._exit(1)  # the run was killed meanwhile, and torch's watchdog would take who adopted this process for it
     warnings.simplefilter("ignore")  # Pillow's, of photographs that it then reads: again in each worker and epoch
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from model.data import DATASETS, create, decode, image_folder
+from model.data.images import FileSplit
 from model.errors import InputError
 
 CPU = torch.device("cpu")
@@ -274,7 +275,7 @@ def test_a_set_that_would_fill_the_memory_is_refused_before_decoding(root, monke
     no_decoding()
     monkeypatch.setattr(image_folder, "LIMIT", 42 * 3 * 64 - 1)
     assert "42 images of 3x8x8 take" in error_of(root)
-    assert "lower dataset.image_size" in error_of(root)
+    assert "lower dataset.image_size, or set dataset.stream" in error_of(root)
     assert image_folder.LIMIT < 16 * 10**9
 
 
@@ -282,3 +283,60 @@ def test_a_file_name_that_is_no_text_is_read(root):
     source = root / "train" / "ant" / "000.png"
     source.rename(source.with_name(os.fsdecode(b"\xff.png")))
     assert len(read(root).train) == 33
+    streamed = read(root, stream=True).train
+    np.testing.assert_array_equal(streamed.read(9, whole=True), pixels_of(root / "train")[9])  # the last of the ants
+
+
+def test_streamed_images_are_those_of_memory_but_not_decoded_before_they_are_due(root, no_decoding):
+    memory = read(root)
+    no_decoding()
+    images = read(root, stream=True)
+    assert images.classes == memory.classes
+    for files, decoded in ((images.train, memory.train), (images.test, memory.test)):
+        assert isinstance(files, FileSplit)
+        assert torch.equal(files.labels, decoded.labels)
+        assert files.shape == (3, 8, 8)
+        assert files.sizes.tolist() == [Path(f"{files.folder}/{p.decode()}").stat().st_size for p in files.paths]
+        for index in (0, len(files) - 1):
+            assert torch.equal(files.read(index, whole=False), decoded.images[index])
+    assert (images.mean, images.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert images.augmentation == ("random_resized_crop", "horizontal_flip")
+    assert images.val is None
+
+
+def test_streamed_images_have_no_limit_of_memory_and_leave_no_cache(root, monkeypatch):
+    before = sorted(root.rglob("*"))
+    monkeypatch.setattr(image_folder, "LIMIT", 0)
+    assert read(root, stream=True, image_size=1024).train.shape == (3, 1024, 1024)
+    assert sorted(root.rglob("*")) == before
+
+
+def test_streamed_images_without_a_test_folder_are_divided_as_those_in_memory(root):
+    shutil.rmtree(root / "test")
+    fill(root / "val", {"cat": 2, "ant": 2, "bee": 2}, seed=2)
+    files, memory = read(root, stream=True), read(root)
+    for name in ("train", "val", "test"):
+        one, other = getattr(files, name), getattr(memory, name)
+        assert len(one) == len(other)
+        for index in (0, len(one) - 1):
+            assert torch.equal(one.read(index, whole=False), other.images[index])
+
+
+def test_streamed_images_may_be_resized_to_more_than_is_shown(root):
+    split = read(root, stream=True, resize_size=12).train
+    image = Image.open(root / "train" / "ant" / "000.png").resize((12, 12), Image.Resampling.BILINEAR)
+    shown = np.asarray(image.crop((2, 2, 10, 10))).transpose(2, 0, 1)
+    np.testing.assert_array_equal(split.read(0, whole=False), shown)
+    np.testing.assert_array_equal(split.read(0, whole=True), pixels_of(root / "train")[0])
+    assert "resize_size is for streamed images" in error_of(root, resize_size=12)
+    assert "dataset.resize_size: 10 is below dataset.image_size, 12" in error_of(
+        root, stream=True, image_size=12, resize_size=10
+    )
+
+
+def test_a_streamed_run_ends_with_the_path_of_a_damaged_image(root):
+    (root / "train" / "bee" / "004.png").write_bytes(b"no image")
+    section, _ = DATASETS.resolve({"name": "image_folder", "data_dir": str(root), "image_size": 8, "stream": True})
+    data = create({**section, "val_fraction": 0.2, "num_workers": 1}, seed=0, device=CPU)
+    with pytest.raises(InputError, match=r"bee/004\.png is not a readable image"):
+        list(data.train.epoch(0)) + list(data.val.epoch(0))
