@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import pickle
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -69,9 +71,11 @@ def load_checkpoint(path: Path, *, foreign: bool = False) -> tuple[dict[str, Any
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                     raise ValueError("has compressed entries, which torch never writes")
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # its own text advises to load it unsafely
+        raise unusable("cannot be parsed: no checkpoint, or one that holds more than tensors and plain types") from None
     except Exception as error:  # whatever a hostile file makes of the parser
-        why = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise unusable(f"cannot be parsed: {why}{'' if ours else '; it is cut short or no checkpoint'}") from None
+        why = re.split(r"[.:]\s|\n", f"{type(error).__name__}: {error}".replace(": ", " ", 1))[0]
+        raise unusable(f"cannot be parsed: {why}; it is cut short or no checkpoint") from None
     if not ours:
         return _read_foreign(state, unusable), digest.hexdigest()
     if not isinstance(state, dict) or not {"epoch", "net", "state_dict"} <= state.keys():
@@ -82,13 +86,17 @@ def load_checkpoint(path: Path, *, foreign: bool = False) -> tuple[dict[str, Any
 def _read_foreign(state: Any, unusable: Callable[[str], RunError]) -> dict[str, Any]:
     import torch
 
-    if isinstance(state, dict) and "net" in state:
+    def is_weights(value: Any) -> bool:
+        named = isinstance(value, dict) and len(value) > 0
+        return named and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in value.items())
+
+    if isinstance(state, dict) and isinstance(state.get("net"), dict) and "section" in state["net"]:
         raise unusable("has lost its verification trailer: it was cut short")
-    weights = state.get("state_dict") if isinstance(state, dict) else None
-    if not isinstance(weights, dict) or not weights:
-        raise unusable("is no checkpoint: it holds no state_dict")
-    if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items()):
-        raise unusable("is no checkpoint: its state_dict holds other things than named tensors")
+    # The ancestor's key, that of kuangliu/pytorch-cifar and its followers, or nothing but the weights.
+    places = [state.get("state_dict"), state.get("net"), state] if isinstance(state, dict) else []
+    weights = next((value for value in places if is_weights(value)), None)
+    if weights is None:
+        raise unusable("is no checkpoint: it holds no named tensors, alone or as state_dict or net")
     # DataParallel puts "module." before every name. A plain dict, without the version that torch keeps beside the
     # names, lets batch norms from before 2018 load without their num_batches_tracked.
     prefix = "module." if all(name.startswith("module.") for name in weights) else ""
@@ -99,3 +107,11 @@ def _read_foreign(state: Any, unusable: Callable[[str], RunError]) -> dict[str, 
         "epoch": epoch if isinstance(epoch, int) else 0,
         "step": 0,
     }
+
+
+def is_foreign(path: Path) -> bool:
+    """Tells whether a file is a checkpoint of another program."""
+    try:
+        return load_checkpoint(path, foreign=True)[0]["net"] is None
+    except RunError:
+        return False

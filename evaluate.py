@@ -1,8 +1,9 @@
 """Scores a checkpoint: `python evaluate.py --model_dir experiments/cnn_distill --restore_file best`.
 
-The only reader of the test split. Writes, beside the checkpoint, metrics_<split>_<which>_weights.json, and as csv the
-accuracy of each class and the confusion matrix; on request predictions, scores at a temperature, or the temperature at
-which the net is calibrated. Samples always come in the dataset's own order.
+The only reader of the test split, unless params.json asks to validate on that. Writes, beside the checkpoint,
+metrics_<split>_<which>_weights.json, and as csv the accuracy of each class and the confusion matrix; on request
+predictions, scores at a temperature, or the temperature at which the net is calibrated. Samples always come in the
+dataset's own order.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ import numpy as np
 import torch
 
 from checkpoint import load_checkpoint
-from experiment import load_teacher_checkpoint
 from model import data, metrics, nets, schema
 from model.data.pipeline import Loader
 from model.engine import choose_device, choose_precision, evaluate, place, probe
-from model.legacy import net_record
+from model.legacy import is_flat, net_record
 from model.losses import LOSSES
 from model.losses.base import Loss
 from model.outputs import Batch, Outputs
 from model.teacher import FrozenTeacher, create_teacher
 from process import log, run_main, set_logger
+from sources import load_teacher_checkpoint
 from utils import OK, Params, RunError, read_json, write_file, write_json
 
 
@@ -48,8 +49,8 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--calibrate", action="store_true", help="also find the temperature of the best likelihood")
     args = parser.parse_args()
-    if args.temperature is not None and not 0 < args.temperature < float("inf"):
-        parser.error(f"--temperature {args.temperature}: must be a finite number above 0")
+    if args.temperature is not None and not 1e-3 <= args.temperature <= 1000:
+        parser.error(f"--temperature {args.temperature}: must be a number from 0.001 to 1000")
     return args
 
 
@@ -97,13 +98,21 @@ def open_split(
     return splits, loader
 
 
-def load_teacher(params: Params, student: dict[str, Any]) -> FrozenTeacher | None:
-    """Returns the experiment's teacher; None if it has none, or if it is no longer there."""
+def load_teacher(params: Params, student: dict[str, Any], sha: str | None) -> FrozenTeacher | None:
+    """Returns the experiment's teacher; None if it has none, or if it is no longer there.
+
+    Args:
+        params: The experiment's.
+        student: The `net` record of the images that both will see.
+        sha: The SHA-256 of the teacher's checkpoint; None if it is not known, or if the loss used no teacher.
+    """
     if params.teacher is None:
         return None
     teacher_dir = Path(params.teacher["model_dir"])
     try:
-        state, _ = load_teacher_checkpoint(teacher_dir, params.teacher["restore_file"])
+        state, found = load_teacher_checkpoint(teacher_dir, params.teacher["restore_file"])
+        if sha not in (found, None):
+            raise RunError(f"{teacher_dir} has other weights than those that taught this run")
     except RunError as error:
         log.warning("no comparison with the teacher: %s", error)
         return None
@@ -138,7 +147,7 @@ def write_classes(folder: Path, stem: str, classes: Sequence[str], confusion: to
     write_csv(folder / f"per_class_{stem}.csv", ["class", "images", "accuracy"], accuracies)
 
 
-def write_scores(folder: Path, split: str, temperature: float, logits: torch.Tensor, labels: torch.Tensor) -> None:
+def write_scores(folder: Path, stem: str, temperature: float, logits: torch.Tensor, labels: torch.Tensor) -> None:
     """Writes the ancestor's analysis as text, a line per sample: softmax scores, hits (1 or 0); and the confusions."""
     hits = (logits.argmax(1) == labels).double()
     confusion = metrics.confusion_matrix(logits.argmax(1), labels, logits.shape[1])
@@ -150,7 +159,7 @@ def write_scores(folder: Path, split: str, temperature: float, logits: torch.Ten
     for name, values in tables.items():
         text = io.StringIO()
         np.savetxt(text, values.numpy())
-        write_file(folder / f"{split}_temp{temperature}_{name}.txt", text.getvalue().encode())
+        write_file(folder / f"{stem}_temp{temperature}_{name}.txt", text.getvalue().encode())
 
 
 def calibrate(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -172,7 +181,8 @@ def main() -> int:
     foreign = state["net"] is None
     splits, loader = open_split(args, path, state, params, device)
     net = place(nets.restore(state, str(path)), device)
-    teacher = load_teacher(params, state["net"])
+    shown = {**state["net"], "mean": list(splits.mean), "std": list(splits.std)}
+    teacher = load_teacher(params, shown, state.get("identity", {}).get("teacher"))
     loss: Loss | None = LOSSES.create(params.loss)
     if foreign or (loss is not None and loss.needs_teacher and teacher is None):
         loss = None
@@ -202,7 +212,9 @@ def main() -> int:
         scores |= metrics.agreement(logits, table["teacher_logits"])
     scores |= sizes(net, teacher, splits.shape)
     scores["checkpoint_bytes"] = path.stat().st_size
-    selected_on = "nothing" if args.restore_file != "best" else "test" if foreign else splits.selected_on
+    selected_on = splits.selected_on if args.restore_file == "best" else "nothing"
+    if foreign and not is_flat(state["params"]):
+        selected_on = "unknown"
     origin = {
         "split": args.split,
         "images": len(labels),
@@ -220,7 +232,8 @@ def main() -> int:
         np.savez_compressed(buffer, **{name: column.numpy() for name, column in table.items()})  # type: ignore[arg-type]
         write_file(args.model_dir / f"predictions_{stem}_weights.npz", buffer.getvalue())
     if args.temperature is not None:
-        write_scores(args.model_dir, args.split, args.temperature, logits, labels)
+        which = args.split if args.restore_file == "best" else stem  # the ancestor's names for the best weights
+        write_scores(args.model_dir, which, args.temperature, logits, labels)
     found = calibrate(logits, labels) if args.calibrate else {}
     if found:
         write_json(args.model_dir / f"calibration_{stem}.json", {**found, **origin, "checkpoint_sha256": sha})

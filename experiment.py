@@ -20,7 +20,6 @@ import fcntl
 import json
 import os
 import platform
-import shlex
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +28,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import is_foreign, load_checkpoint, save_checkpoint
 from process import StopSignals, log, provenance
 from utils import (
     FAILED,
@@ -57,6 +56,9 @@ MAY_CHANGE = (
     "student.init_from",
     "teacher.model_dir",
 )
+BY_CONTENT = ("student.init_from", "teacher.model_dir")
+CALLED = {"init": "checkpoint of student.init_from or --restore_file"}  # in messages
+KEPT = "kept_"  # before the names of checkpoints that training would have written over
 WRITTEN = (
     "run.json",
     "metrics.jsonl",
@@ -67,6 +69,7 @@ WRITTEN = (
     "prev.pth.tar",
     "best.pth.tar",
     "calibration_*.json",
+    "*_temp*_*.txt",
     "curves.png",
     "events.out.tfevents.*",
 )
@@ -97,113 +100,6 @@ def is_locked(model_dir: Path) -> bool:
     return False
 
 
-def find_teacher(teacher_dir: Path, restore_file: str, role: str = "teacher") -> Path:
-    """Returns the checkpoint of a teacher, an experiment directory whose training has ended.
-
-    Args:
-        teacher_dir: The directory.
-        restore_file: `best` or `last`.
-        role: What to call it in messages.
-
-    Raises:
-        RunError: Reason `teacher`: it is missing or not trained to its end; with the command to run.
-    """
-    command = f"python train.py --model_dir {shlex.quote(str(teacher_dir))}"
-    if not (teacher_dir / "params.json").is_file():
-        line = f"{role} {teacher_dir} does not exist or has no params.json; name an experiment directory"
-        raise RunError(line, "teacher")
-    status = read_status(teacher_dir)
-    if status not in ("completed", "pending"):  # pending with a checkpoint: a teacher from elsewhere
-        line = f"{role} {teacher_dir} is {status}, not completed; wait for it, or train it to its end with: {command}"
-        raise RunError(line, "teacher")
-    path = teacher_dir / f"{restore_file}.pth.tar"
-    if not path.exists():
-        way = (
-            f"{command} --restart"
-            if status == "completed"
-            else f"{command}{' (or let train.py do it first: --train_teacher)' if role == 'teacher' else ''}"
-        )
-        raise RunError(f"{role} {teacher_dir} has no {path.name}; train it with: {way}", "teacher")
-    return path
-
-
-def load_teacher_checkpoint(teacher_dir: Path, restore_file: str, role: str = "teacher") -> tuple[dict[str, Any], str]:
-    """Reads the checkpoint that `find_teacher` finds, which may be one of the ancestor's.
-
-    Returns:
-        The state and its SHA-256; a foreign one, whose `net` is None, with the directory's raw `params`.
-
-    Raises:
-        RunError: As `find_teacher`; or it is damaged, or was saved in the middle of an epoch.
-    """
-    path = find_teacher(teacher_dir, restore_file, role)
-    command = f"python train.py --model_dir {shlex.quote(str(teacher_dir))} --restart"
-    try:
-        state, sha = load_checkpoint(path, foreign=True)
-    except RunError as error:
-        raise RunError(f"{role} {error}; train it again with: {command}", "teacher") from None
-    if state["step"]:
-        raise RunError(f"{role} {path} was saved in the middle of an epoch; name its best, or train it on", "teacher")
-    if state["net"] is None:
-        state["params"] = read_json(teacher_dir / "params.json")
-    return state, sha
-
-
-def load_initial(path: Path) -> tuple[dict[str, Any], str]:
-    """Reads the weights that a student begins with: a checkpoint file, or the best one of an experiment directory.
-
-    Raises:
-        RunError: It is missing, damaged, or of an experiment that is not trained to its end.
-    """
-    role = "student.init_from:"
-    if path.is_dir() or path.suffix != ".tar":
-        return load_teacher_checkpoint(path, "best", role)
-    try:
-        return load_checkpoint(path, foreign=True)
-    except RunError as error:
-        raise RunError(f"{role} {error}; name a directory or a .pth.tar file", "params") from None
-
-
-def find_weights(model_dir: Path, restore_file: str) -> Path | None:
-    """Returns the file or directory whose weights training is to begin with; None where a resume does just that.
-
-    Training would write over what another program has left under its own names: that is kept as `ancestor_<name>`.
-
-    Args:
-        model_dir: The directory that is trained.
-        restore_file: `last` or another name of a checkpoint in it, or the path of a checkpoint or an experiment.
-
-    Raises:
-        RunError: The directory's own run can go on from its last epoch only.
-    """
-    path = Path(restore_file)
-    if path.suffix != ".tar" and not path.is_dir():
-        path = model_dir / f"{restore_file}.pth.tar"
-    kept = path.with_name(f"ancestor_{path.name}")
-    if path.parent.resolve() != model_dir.resolve() or not (path.exists() or kept.exists()):
-        return path
-    for file in (model_dir / "last.pth.tar", model_dir / "best.pth.tar"):
-        if is_foreign(file):
-            file.rename(file.with_name(f"ancestor_{file.name}"))
-            log.info("%s is another program's: kept as ancestor_%s", file, file.name)
-    if kept.exists():
-        return kept
-    if path.name == "last.pth.tar":
-        return None
-    if path.name in ("best.pth.tar", "prev.pth.tar"):
-        line = f"--restore_file {restore_file}: {model_dir} goes on from its last epoch"
-        raise RunError(f"{line}; to begin with those weights, give {path} for another directory")
-    return path
-
-
-def is_foreign(path: Path) -> bool:
-    """Tells whether a file is a checkpoint, but of another program."""
-    try:
-        return load_checkpoint(path, foreign=True)[0]["net"] is None
-    except RunError:
-        return False
-
-
 class Experiment:
     """One experiment directory, as `train.py` writes it.
 
@@ -228,6 +124,18 @@ class Experiment:
         self._selected_on = "val"
         self._board: Any = None
 
+    def strangers(self) -> list[Path]:
+        """Returns the checkpoints here, under the names that training writes, that are of no run of this directory."""
+        present = [path for path in (self.last, self.best_file) if path.exists()]
+        foreign = [path for path in present if is_foreign(path)]
+        if foreign or not present or (self.dir / "run.json").exists():
+            return foreign
+        try:
+            load_checkpoint(self.last if self.last.exists() else self.prev)
+        except RunError:  # there is nothing to go on from, so they were put here
+            return present
+        return []
+
     def is_finished(self, params: Params) -> bool:
         """Tells whether a run with these params has ended and no more epochs are asked for.
 
@@ -238,6 +146,8 @@ class Experiment:
         if not run:
             return False
         self._refuse_other_params(run, params)
+        if any(key in BY_CONTENT for key in differences(params.complete(run.get("params", {})), params.dict)):
+            return False  # whether it is the same in another place, an attempt finds out
         done = run.get("status") == "completed" and run.get("epoch", 0) >= params.num_epochs
         return done and self.best_file.exists()
 
@@ -248,6 +158,7 @@ class Experiment:
         identity: Mapping[str, str | None],
         *,
         restart: bool = False,
+        set_aside: bool = False,
         **details: Any,
     ) -> Iterator[dict[str, Any] | None]:
         """Holds the directory for one attempt at training and records how it ends.
@@ -258,6 +169,8 @@ class Experiment:
             params: What is trained.
             identity: What else decides the result (data, teacher, precision): a resume with others is refused.
             restart: Begin anew: what an earlier run wrote is removed, except train.log.
+            set_aside: Training may begin beside checkpoints that no run of this directory has written. Those are never
+                written over: they are kept under other names, also by `restart`.
             details: What else run.json shall say of this attempt.
 
         Yields:
@@ -270,6 +183,7 @@ class Experiment:
         try:
             for litter in self.dir.glob(".*.tmp"):
                 litter.unlink(missing_ok=True)
+            self._keep_strangers(allowed=restart or set_aside)
             if restart:
                 for pattern in WRITTEN:
                     for path in self.dir.glob(pattern):
@@ -408,13 +322,12 @@ class Experiment:
     def _refuse_other_inputs(self, state: Mapping[str, Any]) -> None:
         for name, value in self._identity.items():
             if state["identity"].get(name) != value:
-                line = f"{self.dir}: the {name} is not what this run began with; restore it, or --restart begins anew"
-                raise RunError(line, name)
+                line = f"{self.dir}: the {CALLED.get(name, name)} is not what this run began with"
+                raise RunError(f"{line}; restore it, or --restart begins anew", name)
 
     def _load(self, epochs_done: int) -> dict[str, Any] | None:
         """Returns the newest usable state; None where there has never been one."""
         if not self.last.exists() and not self.prev.exists():
-            self._refuse_foreign(self.best_file)
             if epochs_done:
                 line = f"{self.dir}: {epochs_done} epochs are done but their checkpoint is gone"
                 way = "restore last.pth.tar from a copy, or --restart trains from the beginning"
@@ -423,7 +336,6 @@ class Experiment:
         try:
             return load_checkpoint(self.last)[0]
         except RunError as damage:
-            self._refuse_foreign(self.last)
             try:
                 state = load_checkpoint(self.prev)[0]
             except RunError as second:
@@ -434,12 +346,22 @@ class Experiment:
             link_file(self.prev, self.last)
             return state
 
-    def _refuse_foreign(self, path: Path) -> None:
-        """Tells of a checkpoint that another program left under the name of ours: it must not be lost."""
-        if is_foreign(path):
+    def _keep_strangers(self, allowed: bool) -> None:
+        strangers = self.strangers()
+        if strangers and not allowed:
+            path = strangers[0]
+            line = f"{path}: no run of this directory has written it, and training would replace it"
             name = path.name.removesuffix(".pth.tar")
-            way = f"begin with its weights by --restore_file {name} (it is kept under another name), or move it away"
-            raise RunError(f"{path} is another program's; {way}", "checkpoint")
+            way = f"begin with its weights by --restore_file {name}, or without them by --restart"
+            raise RunError(f"{line}; {way} (both keep it as {KEPT}{path.name})", "checkpoint")
+        for path in strangers:
+            kept = path.with_name(f"{KEPT}{path.name}")
+            if kept.exists():
+                raise RunError(
+                    f"{path} would be kept as {kept.name}, which exists; move one of them away", "checkpoint"
+                )
+            path.rename(kept)
+            log.info("%s is kept as %s", path, kept.name)
 
     def _restore_best(self, state: Mapping[str, Any] | None) -> dict[str, Any] | None:
         """Makes best.pth.tar agree with the state; a crash can come between publishing the two."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from process import log, run_main, set_logger
 from sweep.launchers import Local
-from sweep.study import check, check_teachers, plan, run, table, write
+from sweep.study import check, check_sources, plan, run, table, write
 from utils import OK
 
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return OK
     unfinished = [child for child in children if not child.is_finished()]
     check(unfinished)
-    check_teachers(unfinished, as_sections)
+    check_sources(unfinished, as_sections)
     write(unfinished)
     set_logger(args.parent_dir / "search_hyperparameters.log")
     if assumed := assumptions(children[0].params):

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
-from experiment import Experiment, find_weights, load_initial, load_teacher_checkpoint, read_status
+from experiment import Experiment, read_status
 from model import data, legacy, nets, schema
 from model.data import DATASETS
 from model.engine import (
@@ -41,6 +42,7 @@ from model.optim import create_optimizer, create_schedule
 from model.rng import derive_seed
 from model.teacher import FrozenTeacher, create_teacher
 from process import EpochBar, log, run_main, set_logger
+from sources import find_weights, load_initial, load_teacher_checkpoint
 from utils import OK, USAGE, Params, RunError, apply_overrides, read_json
 
 
@@ -58,16 +60,23 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if len(args.model_dir) > 1 and not args.check:
         parser.error("several directories go with --check only; search_hyperparams.py runs many")
+    if args.check and args.restore_file:
+        parser.error("--check looks at params.json only; leave --restore_file out")
     if args.seed is not None:
         args.overrides.append(f"seed={args.seed}")
     return args
 
 
 def load_params(model_dir: Path, overrides: Sequence[str]) -> Params:
-    """Returns the checked params of a directory, which may not be its own teacher."""
+    """Returns the checked params of a directory, which may be neither its own teacher nor its own beginning."""
     params = Params.load(model_dir, schema.resolve, overrides)
-    if params.teacher and Path(params.teacher["model_dir"]).resolve() == model_dir.resolve():
-        raise RunError(f"{model_dir / 'params.json'}: teacher.model_dir: the directory itself; name another", "params")
+    others = {
+        "teacher.model_dir": (params.teacher or {}).get("model_dir"),
+        "student.init_from": params.student["init_from"],
+    }
+    for key, path in others.items():
+        if path and Path(path).resolve() == model_dir.resolve():
+            raise RunError(f"{model_dir / 'params.json'}: {key}: the directory itself; name another", "params")
     return params
 
 
@@ -228,6 +237,13 @@ def naming(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: {error}", error.reason) from error
 
 
+def _frozen(student: nn.Module, frozen_norms: Sequence[nn.Module]) -> str:
+    """Returns what of a student does not learn, for the log."""
+    learning = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+    text = "" if learning == count_parameters(student) else f", of which {learning:,} learn"
+    return f"{text}, statistics of {len(frozen_norms)} batch norms fixed" if frozen_norms else text
+
+
 def prepare(args: argparse.Namespace, params: Params, students: Sequence[Path]) -> Run:
     """Builds everything that a run of `params` needs; whatever is missing or does not fit ends it here."""
     model_dir, device = args.model_dir[0], choose_device(args.device)
@@ -267,7 +283,7 @@ def prepare(args: argparse.Namespace, params: Params, students: Sequence[Path]) 
         *assumptions(model_dir, args.overrides),
         f"{model_dir}: {', '.join(f'{key} {value}' for key, value in machine.items())}",
         splits.summary,
-        f"student {params.student['name']}: {count_parameters(student):,} parameters",
+        f"student {params.student['name']}: {count_parameters(student):,} parameters{_frozen(student, frozen_norms)}",
         f"loss: {loss.describe()}",
     ]
     if init_from:
@@ -296,7 +312,7 @@ def train(args: argparse.Namespace, students: Sequence[Path] = ()) -> int:
     """Trains `args.model_dir`, whose own students, if it is trained as a teacher, are `students`."""
     model_dir = args.model_dir[0]
     params = load_params(model_dir, args.overrides)
-    if args.restore_file and (weights := find_weights(model_dir, args.restore_file)):
+    if args.restore_file and (weights := find_weights(model_dir, args.restore_file, args.restart)):
         log.info("beginning with the weights of %s; optimizer and epochs begin anew", weights)
         args.overrides.append(f"student.init_from={weights}")
         params = load_params(model_dir, args.overrides)
@@ -304,7 +320,7 @@ def train(args: argparse.Namespace, students: Sequence[Path] = ()) -> int:
         log.info("%s is finished: %d epochs. Nothing to do; --restart begins anew.", model_dir, params.num_epochs)
         return OK
     run = prepare(args, params, students)
-    details = {**run.machine, "overrides": args.overrides}
+    details = {"set_aside": bool(args.restore_file), **run.machine, "overrides": args.overrides}
     with run.experiment.attempt(params, run.identity, restart=args.restart, **details) as state:
         set_logger(model_dir / "train.log", args.quiet)
         for line in run.lines:

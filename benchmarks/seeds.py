@@ -2,11 +2,12 @@
 
     python benchmarks/seeds.py --data_dir /path/to/cifar10-images --jobs 2
 
-`--data_dir` is CIFAR-10 as a folder of images (`train/`, `test/` with a folder per class). Each run is the committed
-experiment with fewer epochs on a part of the images; seed 001, published on Caltech, is run at 224 px on a small folder
-made of the same images: it is pre-trained on six classes, fine-tuned and distilled on the four others. Every run is
-scored on the test split; the tables that synthesize_results.py makes go to benchmarks/results/seeds.md. Run again, it
-goes on where it stopped.
+`--data_dir` is CIFAR-10 as a folder of images (`train/`, `test/` with a folder per class). Each run is a committed
+experiment with fewer epochs on a part of the images, and what `GROUPS` changes besides: seed 000's teacher has smaller
+batches, another rate and a warm-up, seed 003's is its ResNet-34. Seed 001, published on Caltech, is run at 224 px on a
+small folder made of the same images: it is pre-trained on six classes, fine-tuned and distilled on the four others.
+Every run is scored on the test split; the tables that synthesize_results.py makes go to benchmarks/results/seeds.md.
+Run again, it goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ GROUPS = {
         "Seed 004: ResNet-18 teaches the 5-layer CNN (14,700 images)",
         THIRD,
         [
-            [Scaled("base_resnet18", 8, {"schedule.step_size": 6}), Scaled("base_cnn", 15)],
-            [Scaled("cnn_distill", 15)],
+            [Scaled("base_resnet18", 5, {"schedule.step_size": 4}), Scaled("base_cnn", 10)],
+            [Scaled("cnn_distill", 10)],
         ],
     ),
     "s001": Group(

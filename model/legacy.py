@@ -40,6 +40,11 @@ PLACES = {
     "optimizer.learning_rate": "learning_rate",
 }
 
+# Options that stay where a section of ours names another entry: those that every entry takes.
+KEPT_BY_ANY = {
+    "dataset": ("batch_size", "augmentation", "validate_on", "num_workers", "subset_fraction", "subset_rule")
+}
+
 
 def flat_options(
     *,
@@ -114,6 +119,9 @@ def translate(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[P
     for key, value in ours.items():
         section = sections.get(key)
         if isinstance(value, Mapping) and isinstance(section, Mapping):
+            if value.get("name", section.get("name")) != section.get("name"):  # what the old one alone takes goes
+                kept = ("name", *KEPT_BY_ANY.get(key, ()))
+                section = {option: section[option] for option in kept if option in section}
             for place in [f"{key}.{option}" for option in value if option in section]:
                 if PLACES.get(place) in raw:
                     problems.append((place, f"{PLACES[place]} says it too, in the ancestor's way; keep that one"))

@@ -19,7 +19,7 @@ LearningRate = Annotated[float, Field(gt=0, le=1000)]
 LowestRate = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Decay = Annotated[float, Field(ge=0, le=10)]
-Epochs = Annotated[float, Field(gt=0)]
+Epochs = Annotated[float, Field(ge=1e-6)]
 Drop = Annotated[float, Field(gt=0, le=1)]
 
 

@@ -80,7 +80,8 @@ class Registry:
             members = list(self._members[family + slash]())
             if member in members:
                 return functools.partial(self._entries[family + slash], member)
-            raise KeyError(f"unknown {self.kind} {name!r}; {suggest(member, members)}")
+            near = suggest(member, members).replace("did you mean '", f"did you mean '{family}/")
+            raise KeyError(f"unknown {self.kind} {name!r}; {near}")
         raise KeyError(f"unknown {self.kind} {name!r}; {suggest(name, self)}")
 
     def functions(self, entry: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
@@ -173,6 +174,8 @@ _SENTENCES = {
     "bool_type": "expected true or false, got {input}",
     "string_type": "expected text, got {input}",
     "list_type": "expected a list, got {input}",
+    "too_short": "{input} has fewer than {min_length} elements",
+    "string_too_short": "the text is empty",
     "literal_error": "{input} is not one of {expected}",
 }
 

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from model.data import DATASETS
 from model.data.augmentations import TRANSFORMS
+from model.errors import InputError
 from model.legacy import flat_options, is_flat, translate
 from model.losses import LOSSES
 from model.nets import NETS
@@ -132,12 +133,17 @@ def _resolve_teacher(section: Any) -> tuple[dict[str, Any] | None, list[Problem]
 
 def _contradictions(values: Mapping[str, Any]) -> Iterator[Problem]:
     """Yields what no single option shows."""
-    loss = LOSSES.create(values["loss"])
+    try:
+        loss = LOSSES.create(values["loss"])
+    except InputError as error:
+        yield "loss", str(error)
+        return
     if loss.needs_teacher and values["teacher"] is None:
         text = f'loss {values["loss"]["name"]!r} needs a teacher; add "teacher": "experiments/<its directory>"'
         yield "teacher", text
-    if values["student"].get("pretrained") and values["student"]["init"] != "default":
-        yield "student.init", "would overwrite the pretrained weights; remove one of the two"
+    for key in ("init", "init_from"):
+        if values["student"].get("pretrained") and values["student"][key] not in ("default", None):
+            yield f"student.{key}", "would overwrite the pretrained weights; remove one of the two"
     yield from check_optim(values["optimizer"], values["schedule"], values["num_epochs"])
 
 

@@ -3,7 +3,8 @@
 A net is named as in params.json, its options after commas; or it is the student of an experiment directory. No
 checkpoint is needed and no image computed. MB are 10^6 bytes; MACs are the multiply-accumulates of one image,
 activations the numbers that convolution, batch norm and linear layers put out for it. The percentages are of the first
-net.
+net. The student of a directory is measured for the images and classes of its dataset, where those are known from
+params.json alone.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from model.errors import InputError
 from model.metrics import count_macs, count_parameters, weight_bytes
 from model.nets import NETS
 
+DEFAULTS = (32, 10)
+# Image size and classes of the datasets that differ from that.
+DATASETS = {"cifar100": (32, 100), "imagenet": (224, 1000), "caltech101": (224, 101), "caltech256": (224, 257)}
 HEADERS = (
     "net",
     "parameters",
@@ -40,8 +44,8 @@ HEADERS = (
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("nets", nargs="+", metavar="NET", help="name[,option=value...] or an experiment directory")
-    parser.add_argument("--image_size", type=int, default=32, help="height and width in pixels; default: 32")
-    parser.add_argument("--num_classes", type=int, default=10, help="default: 10")
+    parser.add_argument("--image_size", type=int, help="height and width in pixels; default: the dataset's, or 32")
+    parser.add_argument("--num_classes", type=int, help="default: the dataset's, or 10")
     return parser.parse_args()
 
 
@@ -52,7 +56,7 @@ def read_section(text: str) -> dict[str, Any]:
         InputError: The net or an option of it is unknown; or the directory's params.json cannot be used.
     """
     path = Path(text, "params.json")
-    section, problems = NETS.resolve(_read_student(path) if path.is_file() else _parse(text))
+    section, problems = NETS.resolve(_read_params(path)["student"] if path.is_file() else _parse(text))
     if problems:
         raise InputError("; ".join(f"{text}: {key}: {problem}" for key, problem in problems))
     if "pretrained" in section:  # nothing is fetched: the weights' values do not matter
@@ -60,14 +64,25 @@ def read_section(text: str) -> dict[str, Any]:
     return section
 
 
-def _read_student(path: Path) -> Any:
+def images_of(text: str) -> tuple[int, int]:
+    """Returns the image size and the number of classes that an argument's net is for, as far as they are known."""
+    path = Path(text, "params.json")
+    dataset = _read_params(path).get("dataset") if path.is_file() else None
+    if not isinstance(dataset, dict):
+        return DEFAULTS
+    image_size, num_classes = DATASETS.get(str(dataset.get("name")), DEFAULTS)
+    given = dataset.get("image_size")
+    return (given if isinstance(given, int) and given > 0 else image_size), num_classes
+
+
+def _read_params(path: Path) -> dict[str, Any]:
     try:
         params = json.loads(path.read_text(encoding="utf-8"))
         if legacy.is_flat(params):
             params, _, problems = legacy.translate(params)
             if problems:
                 raise ValueError("; ".join(f"{key}: {problem}" for key, problem in problems))
-        return params["student"]
+        return {"dataset": params.get("dataset"), "student": params["student"]}
     except (KeyError, TypeError, AttributeError):
         raise InputError(f'{path}: has no "student": {{"name": ...}}; add it, or name the net itself') from None
     except (OSError, ValueError, RecursionError) as error:
@@ -76,6 +91,8 @@ def _read_student(path: Path) -> Any:
 
 def _parse(text: str) -> dict[str, Any]:
     name, *options = re.split(r",(?=\w+=)", text)  # a value may be a list
+    if "," in name:
+        raise InputError(f"{text}: an option is name=value, such as cnn,num_channels=16")
     section: dict[str, Any] = {"name": name}
     for option in options:
         key, _, value = option.partition("=")
@@ -124,22 +141,27 @@ def measure(text: str, image_size: int, num_classes: int) -> tuple[int, int, int
         raise InputError(f"{text} with images of {image_size}x{image_size}, {num_classes} classes: {why}") from None
 
 
-def table(nets: Sequence[str], image_size: int, num_classes: int) -> str:
+def table(nets: Sequence[str], image_size: int | None = None, num_classes: int | None = None) -> str:
     """Returns a Markdown table of the sizes of nets that take colour images of `image_size` squared.
+
+    Args:
+        nets: As on the command line.
+        image_size: For all of them; None: as `images_of` says.
+        num_classes: The same for the number of classes.
 
     Raises:
         InputError: One of them cannot be measured.
     """
     from tabulate import tabulate
 
-    sizes = [measure(text, image_size, num_classes) for text in nets]
+    shown = [(image_size or size, num_classes or classes) for size, classes in map(images_of, nets)]
+    sizes = [measure(text, *images) for text, images in zip(nets, shown, strict=True)]
     rows = []
-    for text, (parameters, size, macs, activations) in zip(nets, sizes, strict=True):
+    for text, images, (parameters, size, macs, activations) in zip(nets, shown, sizes, strict=True):
+        label = text.replace("|", "\\|") + ("" if len(set(shown)) == 1 else f" ({images[0]} px, {images[1]} classes)")
         counts = f"{parameters:,}", f"{size / 1e6:.2f}", f"{macs / 1e6:,.2f}", f"{activations:,}"
         relative = (100 * parameters / sizes[0][0], 100 * macs / sizes[0][2])
-        rows.append(
-            [text.replace("|", "\\|"), *counts, f"{parameters + activations:,}", *(f"{x:.2f}" for x in relative)]
-        )
+        rows.append([label, *counts, f"{parameters + activations:,}", *(f"{x:.2f}" for x in relative)])
     align = ["left", *["right"] * (len(HEADERS) - 1)]
     return tabulate(rows, HEADERS, tablefmt="pipe", colalign=align, disable_numparse=True)
 
@@ -148,7 +170,7 @@ def main() -> int:
     args = parse_args()
     try:
         for option in ("image_size", "num_classes"):
-            if vars(args)[option] < 1:
+            if vars(args)[option] is not None and vars(args)[option] < 1:
                 raise InputError(f"--{option}: {vars(args)[option]} is below 1")
         print(table(args.nets, args.image_size, args.num_classes))
     except InputError as error:

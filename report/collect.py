@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -103,6 +104,8 @@ def read_row(folder: Path, files: list[str]) -> Row:
             elif key in NUMBERS and value is not None:
                 faults.append(f"{name}: {key} is not a number")
     status = describe(state, run)
+    if read("metrics_val_best_weights.json").get("selected_on") == "test":
+        status += "; SELECTED ON THE TEST SPLIT"
     for which in ("best", "last"):
         tested, validated = metrics.get(f"test_{which}.epoch"), metrics.get(f"val_{which}.epoch")
         if tested is not None and tested != validated:  # trained on since: these are other weights' scores
@@ -172,10 +175,16 @@ def compare_temperatures(rows: Sequence[Row]) -> list[str]:
             groups.setdefault((teacher, which), []).append(row)
     lines = []
     for (teacher, which), group in groups.items():
-        if len({row.options["loss.temperature"] for row in group}) > 1:
-            best = max(group, key=lambda row: row.metrics["val_best.accuracy"])
-            score = f"{best.options['loss.temperature']:g} (val accuracy {best.metrics['val_best.accuracy']:.4f})"
-            lines.append(f"best T of these runs: {score}; {_calibration(teacher, which, Path(best.path))}")
+        scores: dict[float, list[float]] = {}
+        for row in group:
+            scores.setdefault(row.options["loss.temperature"], []).append(row.metrics["val_best.accuracy"])
+        if len(scores) > 1:
+            means = {temperature: statistics.fmean(values) for temperature, values in sorted(scores.items())}
+            best = max(means.values())
+            names = " and ".join(f"{temperature:g}" for temperature, mean in means.items() if mean == best)
+            mean = "mean " if len(group) > len(scores) else ""  # over alphas or seeds, say
+            score = f"{names} ({mean}val accuracy {best:.4f})"
+            lines.append(f"best T of these runs: {score}; {_calibration(teacher, which, Path(group[0].path))}")
     return lines
 
 

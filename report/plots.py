@@ -106,7 +106,7 @@ def draw_curves(title: str, records: Sequence[Record]) -> Figure:
     figure = Figure((12, 3.6), layout="constrained")
     figure.suptitle(_fit(title, MAX_TITLE), parse_math=False)  # a "$" is a dollar
     loss, accuracy, rate = figure.subplots(1, 3)
-    for axes, label in ((loss, "loss"), (accuracy, "accuracy (%)"), (rate, "learning rate")):
+    for axes, label in ((loss, "loss"), (accuracy, "accuracy (%)"), (rate, "learning rate, end of epoch")):
         _name_axes(axes, label)
     for split, color in (("train", "C0"), ("val", "C1")):
         _plot(loss, points(records, split, "loss"), label=split, color=color)

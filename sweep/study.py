@@ -24,8 +24,9 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import utils
-from experiment import MAY_CHANGE, find_teacher, read_status
+from experiment import MAY_CHANGE, read_status
 from process import StopSignals, log
+from sources import find_initial, find_teacher
 from sweep import launchers
 from sweep.space import Point, grid, name_points, read_space, show
 from utils import RunError, read_json
@@ -159,18 +160,23 @@ def check(children: Sequence[Child]) -> None:
         raise RunError("\n".join(lines).replace(temporary, str(children[0].dir.parent)), "params")
 
 
-def check_teachers(children: Sequence[Child], as_sections: AsSections = dict) -> None:
-    """Raises if a teacher that children name is not there, or not trained: each of them would only find it too.
+def check_sources(children: Sequence[Child], as_sections: AsSections = dict) -> None:
+    """Raises if what children begin with, teacher or weights, is not there: each of them would only find it too.
 
     Args:
         children: Those that are to be run.
         as_sections: As for `plan`.
     """
-    for teacher in {json.dumps(as_sections(child.params).get("teacher"), sort_keys=True) for child in children}:
+    sections = [as_sections(child.params) for child in children]
+    for teacher in {json.dumps(section.get("teacher"), sort_keys=True) for section in sections}:
         section = json.loads(teacher)
         if section is not None:
             section = {"model_dir": section} if isinstance(section, str) else section
             find_teacher(Path(section["model_dir"]), section.get("restore_file", "best"))
+    students = [section["student"] for section in sections if isinstance(section.get("student"), dict)]
+    for path in {str(student["init_from"]) for student in students if student.get("init_from")}:
+        if not (found := find_initial(Path(path))).exists():
+            raise RunError(f"student.init_from: {found} does not exist; name a directory or a .pth.tar file", "params")
 
 
 def write(children: Sequence[Child]) -> None:

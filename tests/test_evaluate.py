@@ -271,7 +271,7 @@ def test_a_checkpoint_of_the_ancestor_is_scored_like_ours(script: Script, make_e
     one, other = (json.loads((f / "metrics_test_best_weights.json").read_text()) for f in (ours, foreign))
     assert other["accuracy"] == one["accuracy"]
     assert other["cross_entropy"] == pytest.approx(one["cross_entropy"], rel=1e-6)
-    assert (one["selected_on"], other["selected_on"]) == ("val", "test")  # the ancestor's best is the best on test
+    assert (one["selected_on"], other["selected_on"]) == ("val", "unknown")
 
 
 def test_a_run_that_selected_on_the_test_split_says_so(script: Script, make_experiment: Make) -> None:
@@ -283,3 +283,40 @@ def test_a_run_that_selected_on_the_test_split_says_so(script: Script, make_expe
     val, test = (json.loads((folder / f"metrics_{s}_best_weights.json").read_text()) for s in ("val", "test"))
     assert val["accuracy"] == test["accuracy"]
     assert "TEST SPLIT" in (folder / "train.log").read_text()
+
+
+def test_a_teacher_sees_its_own_normalisation_whatever_the_images_are_given(
+    script: Script, pair: tuple[Path, Path]
+) -> None:
+    """Images normalised otherwise are another input to the student; the teacher's view is undone and done again."""
+    _, student = pair
+    assert script(evaluate, "--model_dir", student, "--save_predictions").status == 0
+    plain = read_npz(student / "predictions_test_best_weights.npz")
+    override = "dataset.mean=[0.1,0.2,0.3]"
+    assert script(evaluate, "--model_dir", student, "--save_predictions", "--overrides", override).status == 0
+    shifted = read_npz(student / "predictions_test_best_weights.npz")
+    assert not np.allclose(shifted["logits"], plain["logits"], atol=1e-2)
+    np.testing.assert_allclose(shifted["teacher_logits"], plain["teacher_logits"], rtol=1e-3, atol=1e-3)
+
+
+def test_another_teacher_than_the_runs_is_not_compared_with(script: Script, pair: tuple[Path, Path]) -> None:
+    teacher, student = pair
+    assert script(train, "--model_dir", teacher, "--restart", "--seed", "7").status == 0
+    ended = script(evaluate, "--model_dir", student)
+    assert ended.status == 0
+    assert "has other weights than those that taught this run" in ended.err
+    scores = json.loads((student / "metrics_test_best_weights.json").read_text())
+    assert "teacher_agreement" not in scores
+    assert "kd" not in scores
+
+
+def test_the_teachers_own_constants_are_used_in_scoring_as_in_training(script: Script, make_experiment: Make) -> None:
+    teacher = make_experiment("teacher", num_epochs=1)
+    assert script(train, "--model_dir", teacher).status == 0
+    section = {"model_dir": str(teacher), "std": [2.0] * 3}
+    student = make_experiment("student", num_epochs=1, teacher=section, loss=KD)
+    assert script(train, "--model_dir", student).status == 0
+    assert script(evaluate, "--model_dir", student, "--split", "val", "--restore_file", "last").status == 0
+    scores = json.loads((student / "metrics_val_last_weights.json").read_text())
+    recorded = json.loads((student / "metrics.jsonl").read_text().splitlines()[-1])["val"]
+    assert scores["kd"] == pytest.approx(recorded["kd"], rel=1e-6)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -314,6 +316,88 @@ def test_a_signal_in_mid_epoch_saves_and_the_same_command_ends_with_the_same_bit
     assert len(json.loads((cut / "run.json").read_text())["attempts"]) == 2
 
 
+ELABORATE = {
+    "overhaul, freeze, momentum reset": {
+        "student": {"freeze": ["conv1"], "freeze_bn": True, "init_from": "TEACHER"},
+        "loss": {"name": "overhaul", "feature_weight": 1e-4},
+        "optimizer": {"name": "sgd", "learning_rate": 0.01},
+        "schedule": {"name": "multistep", "milestones": [1, 3], "reset_momentum": True},
+    },
+    "fitnets, plateau, rmsprop": {
+        "loss": {"name": "fitnets", "hint_weight": 1.0},
+        "optimizer": {"name": "rmsprop", "learning_rate": 0.01},
+        "schedule": {"name": "plateau", "patience": 0, "metric": "val.accuracy"},
+    },
+    "noise, warm restarts, transforms": {
+        "dataset": {"augmentation": ["crop", {"name": "rotation", "degrees": 5}, "random_erasing"], "num_workers": 0},
+        "loss": {**KD, "teacher_noise_std": 0.5, "teacher_noise_probability": 0.5},
+        "optimizer": {"name": "adamw", "learning_rate": 0.01},
+        "schedule": {"name": "warm_restarts", "first_cycle_epochs": 1.5, "per": "iteration"},
+    },
+}
+
+
+@pytest.mark.parametrize("changes", ELABORATE.values(), ids=ELABORATE)
+def test_whatever_a_run_trains_with_it_resumes_exactly(
+    script: Script, make_experiment: Make, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    teacher = make_experiment("teacher", num_epochs=1)
+    assert script(train, "--model_dir", teacher).status == 0
+    changes = json.loads(json.dumps(changes).replace("TEACHER", str(teacher)))
+    whole, cut = (make_experiment(name, num_epochs=4, teacher=str(teacher), **changes) for name in ("whole", "cut"))
+    assert script(train, "--model_dir", whole).status == 0
+    for stop in (3, 9):  # mid-epoch, twice
+        steps = 0
+        show = train.EpochBar.show
+
+        def signalling(self: train.EpochBar, *arguments: Any, show: Any = show, stop: int = stop) -> None:
+            nonlocal steps
+            steps += 1
+            if steps == stop:
+                signal.raise_signal(signal.SIGTERM)
+            show(self, *arguments)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(train.EpochBar, "show", signalling)
+            assert script(train, "--model_dir", cut).status == 143
+        assert load_checkpoint(cut / "last.pth.tar")[0]["step"] > 0
+    assert script(train, "--model_dir", cut).status == 0
+    assert states_equal(whole / "last.pth.tar", cut / "last.pth.tar")
+    assert (whole / "metrics.jsonl").read_bytes() == (cut / "metrics.jsonl").read_bytes()
+    schedules = [load_checkpoint(folder / "last.pth.tar")[0]["schedule"] for folder in (whole, cut)]
+    assert schedules[0] == schedules[1]
+
+
+def test_plateau_lowers_the_rate_when_validation_stops_improving(script: Script, make_experiment: Make) -> None:
+    schedule = {"name": "plateau", "patience": 0, "factor": 0.5, "metric": "val.loss", "threshold": 0.99}
+    folder = make_experiment(num_epochs=4, schedule=schedule)  # no epoch is that much better than the first
+    assert script(train, "--model_dir", folder).status == 0
+    assert [record["learning_rate"] for record in read_journal(folder)] == [0.01, 0.01, 0.005, 0.0025]
+
+
+def test_a_losss_own_weights_begin_as_the_seed_says(script: Script, make_experiment: Make) -> None:
+    teacher = make_experiment("teacher", num_epochs=1)
+    assert script(train, "--model_dir", teacher).status == 0
+    loss = {"name": "fitnets"}
+    runs = [make_experiment(name, num_epochs=0, teacher=str(teacher), loss=loss) for name in ("one", "other")]
+    third = make_experiment("third", num_epochs=0, teacher=str(teacher), loss=loss, seed=2)
+    for folder in (*runs, third):
+        torch.seed()
+        assert script(train, "--model_dir", folder).status == 0
+    one, other, third_dict = (repr_bits(load_checkpoint(f / "last.pth.tar")[0]["loss_dict"]) for f in (*runs, third))
+    assert one == other != third_dict
+
+
+def test_where_the_starting_weights_lie_may_change(script: Script, make_experiment: Make) -> None:
+    first = make_experiment("first", num_epochs=1)
+    folder = make_experiment("folder", num_epochs=1, student={"init_from": str(first)})
+    for path in (first, folder):
+        assert script(train, "--model_dir", path).status == 0
+    moved = first.rename(first.with_name("moved"))
+    ended = script(train, "--model_dir", folder, "--overrides", "num_epochs=2", f"student.init_from={moved}")
+    assert ended.status == 0, ended
+
+
 def test_a_signal_during_validation_saves_and_resumes_exactly(
     script: Script, make_experiment: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -530,7 +614,7 @@ def test_a_run_goes_on_only_with_the_weights_that_it_began_with(script: Script, 
     assert script(train, "--model_dir", first, "--overrides", "num_epochs=2").status == 0
     ended = script(train, "--model_dir", folder, "--overrides", "num_epochs=3")
     assert ended.status == 2
-    assert "the init is not what this run began with" in ended.err
+    assert "the checkpoint of student.init_from or --restore_file is not what this run began with" in ended.err
 
 
 def test_with_no_epochs_the_net_is_scored_and_kept_as_it_begins(script: Script, make_experiment: Make) -> None:
@@ -546,6 +630,17 @@ def test_with_no_epochs_the_net_is_scored_and_kept_as_it_begins(script: Script, 
     again = script(train, "--model_dir", kept)
     assert again.status == 0
     assert "Nothing to do" in again.out
+    assert script(train, "--model_dir", kept, "--overrides", "num_epochs=1").status == 0
+    assert [record["epoch"] for record in read_journal(kept)] == [0, 1]
+
+
+def test_a_net_that_was_kept_is_not_kept_again(script: Script, make_experiment: Make) -> None:
+    kept = make_experiment("kept", num_epochs=0)
+    assert script(train, "--model_dir", kept).status == 0
+    run = json.loads((kept / "run.json").read_text())
+    (kept / "run.json").write_text(json.dumps(run | {"status": "running"}))  # killed just before its end
+    assert script(train, "--model_dir", kept).status == 0
+    assert [record["epoch"] for record in read_journal(kept)] == [0]
 
 
 # --- checkpoints of the ancestor ---
@@ -609,7 +704,7 @@ def test_restore_file_begins_with_the_ancestors_weights_and_keeps_its_files(
     assert {name: (folder / f"{name}.pth.tar").read_bytes() for name in files} == files
     ended = script(train, "--model_dir", folder, "--restore_file", "last")
     assert ended.status == 0, ended
-    assert {name: (folder / f"ancestor_{name}.pth.tar").read_bytes() for name in files} == files
+    assert {name: (folder / f"kept_{name}.pth.tar").read_bytes() for name in files} == files
     twin = make_experiment("twin", num_epochs=1, student={"init_from": str(donor)})
     assert script(train, "--model_dir", twin).status == 0
     assert read_journal(folder) == read_journal(twin)
@@ -617,7 +712,7 @@ def test_restore_file_begins_with_the_ancestors_weights_and_keeps_its_files(
     assert more.status == 0, more
     assert len(read_journal(folder)) == 2
     assert script(train, "--model_dir", folder, "--restore_file", "last", "--restart").status == 0
-    assert (folder / "ancestor_last.pth.tar").read_bytes() == files["last"]
+    assert (folder / "kept_last.pth.tar").read_bytes() == files["last"]
 
 
 def test_restore_file_last_of_our_own_is_the_resume_that_happens_anyway(script: Script, make_experiment: Make) -> None:
@@ -630,7 +725,63 @@ def test_restore_file_last_of_our_own_is_the_resume_that_happens_anyway(script: 
     assert read_journal(folder) == read_journal(twin)
     refused = script(train, "--model_dir", folder, "--restore_file", "best", "--overrides", "num_epochs=4")
     assert refused.status == 2
-    assert "goes on from its last epoch" in refused.err
+    assert "a run goes on from its last epoch" in refused.err
+    for name in ("last", "best"):
+        refused = script(train, "--model_dir", folder, "--restore_file", name, "--restart")
+        assert refused.status == 2
+        assert "--restart removes it" in refused.err
+    assert len(read_journal(folder)) == 3
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+@pytest.mark.parametrize("kind", ["ancestor's", "ours", "objects", "damaged"])
+def test_a_checkpoint_that_was_put_there_is_never_written_over(
+    script: Script, make_experiment: Make, kind: str, name: str
+) -> None:
+    donor, folder = make_experiment("donor", num_epochs=1), make_experiment("folder", num_epochs=1)
+    assert script(train, "--model_dir", donor).status == 0
+    path = folder / f"{name}.pth.tar"
+    weights = load_checkpoint(donor / "best.pth.tar")[0]["state_dict"]
+    if kind == "ancestor's":
+        write_ancestors(path, weights)
+    elif kind == "objects":  # as many scripts save; nothing but tensors and plain types is read
+        torch.save({"state_dict": weights, "args": Path("x")}, path)
+    else:
+        path.write_bytes((donor / "best.pth.tar").read_bytes()[: None if kind == "ours" else -200])
+    if (kind, name) == ("ours", "last"):
+        pytest.skip("a copied last.pth.tar is the run, to go on with")
+    content = path.read_bytes()
+    refused = script(train, "--model_dir", folder)
+    assert refused.status == 2
+    assert f"{path}: no run of this directory has written it" in refused.err
+    bad = script(train, "--model_dir", folder, "--restore_file", name, "--overrides", "student.width=5")
+    assert bad.status == 2
+    assert path.read_bytes() == content
+    assert script(train, "--model_dir", folder, "--restart").status == 0
+    assert (folder / f"kept_{name}.pth.tar").read_bytes() == content
+    assert script(train, "--model_dir", folder, "--restart").status == 0
+    assert (folder / f"kept_{name}.pth.tar").read_bytes() == content
+
+
+def test_a_finished_run_is_not_taken_for_one_with_another_teacher(script: Script, make_experiment: Make) -> None:
+    teachers = [make_experiment(f"teacher{seed}", num_epochs=1, seed=seed) for seed in (1, 2)]
+    for folder in teachers:
+        assert script(train, "--model_dir", folder).status == 0
+    copied = shutil.copytree(teachers[0], teachers[0].with_name("copied"))
+    student = make_experiment("student", num_epochs=1, teacher=str(teachers[0]), loss=KD)
+    assert script(train, "--model_dir", student).status == 0
+    other = script(train, "--model_dir", student, "--overrides", f"teacher.model_dir={teachers[1]}")
+    assert other.status == 2
+    assert "the teacher is not what this run began with" in other.err
+    assert script(train, "--model_dir", student, "--overrides", f"teacher.model_dir={copied}").status == 0
+    assert len(read_journal(student)) == 1
+
+
+def test_a_directory_cannot_begin_with_itself(script: Script, make_experiment: Make) -> None:
+    folder = make_experiment()
+    ended = script(train, "--model_dir", folder, "--overrides", f"student.init_from={folder}")
+    assert ended.status == 2
+    assert "student.init_from: the directory itself" in ended.err
 
 
 def test_restore_file_names_what_is_not_there(script: Script, make_experiment: Make) -> None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import InitErrorDetails
+from pydantic_core import PydanticCustomError as _Fault
 from torch import Tensor
 
 from model.data.views import Augmentation
@@ -85,17 +86,13 @@ def _resolvable(value: Any, well_formed: ValidatorFunctionWrapHandler) -> Any:
     try:
         well_formed(value)
     except ValidationError:
-        rule = 'expected crop_flip, crop, flip, none or a list of names and {"name": ..., options}, got {value}'
-        raise PydanticCustomError("augmentation", rule, {"value": repr(value)}) from None
+        rule = f'{", ".join(NAMED)}, or a list of names and {{"name": ..., options}}'
+        raise _Fault("augmentation", "expected {rule}; got {value}", {"rule": rule, "value": repr(value)}) from None
     problems = [] if value is None else resolve(value)[1]
     if problems:
-        errors = [
-            InitErrorDetails(
-                type=PydanticCustomError("augmentation", "{text}", {"text": text}), loc=(key,), input=value
-            )
-            for key, text in problems
-        ]
-        raise ValidationError.from_exception_data("augmentation", errors)
+        faults = [(key, _Fault("augmentation", "{text}", {"text": text})) for key, text in problems]
+        details = [InitErrorDetails(type=fault, loc=(key,), input=value) for key, fault in faults]
+        raise ValidationError.from_exception_data("augmentation", details)
     return value
 
 
@@ -130,7 +127,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 
 def _ascending(values: list[float]) -> list[float]:
     if len(values) != 2 or values[0] > values[1]:
-        raise PydanticCustomError("range", "expected [smallest, largest], got {values}", {"values": str(values)})
+        raise _Fault("range", "expected [smallest, largest], got {values}", {"values": str(values)})
     return values
 
 

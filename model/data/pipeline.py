@@ -191,10 +191,10 @@ def _subset(labels: Tensor, fraction: float, rule: str, seed: int) -> Tensor:
 
 
 def _describe(chosen: str | Listed, train: Loader) -> str:
-    names = [element if isinstance(element, str) else element["name"] for element in chosen]
-    words = chosen if isinstance(chosen, str) else " + ".join(names) or "none"
+    if not isinstance(chosen, str):
+        chosen = " + ".join(e if isinstance(e, str) else e["name"] for e in chosen) or "none"
     views = "" if train.num_views is None else f" ({train.num_views} view{'s' * (train.num_views > 1)})"
-    return f"{words}{views}"
+    return f"{chosen}{views}"
 
 
 def _constants(

@@ -108,10 +108,10 @@ class _Reader(Dataset[Any]):
 
 
 class _Readers:
-    """The processes that read, or none; apart from the loader, which ends them when it is garbage itself.
+    """The processes that read, or none; no part of the loader, which ends them when it is garbage itself.
 
-    `weakref.finalize` refers to this object, so that it never is garbage in a cycle. There the collector would take the
-    queues to the workers away before torch, in `__del__`, tells them to end, and waits.
+    As `weakref.finalize` refers to this object, it never is garbage in a cycle. There, the collector would take the
+    queues to the workers away before torch, in `__del__`, tells the workers to end and waits.
     """
 
     def __init__(self, reader: _Reader, num_workers: int, pin_memory: bool) -> None:

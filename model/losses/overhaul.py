@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.errors import InputError
 from model.losses import LOSSES
 from model.losses.base import Loss
 from model.losses.stages import Stages
@@ -104,6 +105,9 @@ class OverhaulLoss(Loss):
         teacher_stages: StageList | None = None,
     ) -> None:
         super().__init__()
+        if len(student_stages or []) != len(teacher_stages or []):
+            lists = f"student_stages {student_stages or 'null'} and teacher_stages {teacher_stages or 'null'}"
+            raise InputError(f"{lists} are not of one length; name as many stages of both, or of none")
         self.feature_weight = feature_weight
         self.teacher_statistics = teacher_statistics
         self.student_stages = student_stages or []
@@ -113,9 +117,6 @@ class OverhaulLoss(Loss):
     def attach(self, student: Probe, teacher: Probe | None) -> None:
         assert teacher is not None
         stages = Stages("overhaul", "preacts", student, teacher)
-        if len(self.student_stages) != len(self.teacher_stages):
-            lists = f"student_stages {self.student_stages or 'null'} and teacher_stages {self.teacher_stages or 'null'}"
-            raise stages.error(f"{lists} are not of one length")
         norms = getattr(teacher.net, "stage_norms", ())
         if len(norms) != len(stages.teacher.shapes):
             raise stages.error("the teacher has no batch norm in front of each stage's last activation")

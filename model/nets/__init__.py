@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from model.errors import InputError
@@ -16,7 +17,7 @@ from model.registry import Registry, suggest
 def net_options(
     *,
     init: Literal["default", "he", "xavier", "normal"] = "default",
-    init_from: str | None = None,
+    init_from: Annotated[str, Field(min_length=1)] | None = None,
     freeze: list[str] | None = None,
     freeze_bn: bool = False,
 ) -> None:
@@ -65,16 +66,23 @@ def adopt(net: nn.Module, weights: Mapping[str, Tensor], where: str) -> bool:
         InputError: Anything else does not fit.
     """
     own, classifier = net.state_dict(), f"{classifier_of(net)}."
-    fits = all(weights[key].shape == own[key].shape for key in own if key.startswith(classifier) and key in weights)
+    # Its other dimensions must agree: the classes are the first.
+    heads = [(own[key], weights[key]) for key in own if key.startswith(classifier) and key in weights]
+    fits = all(len(a) == len(b) or a.shape[1:] != b.shape[1:] for a, b in heads)
     given = {key: value for key, value in weights.items() if fits or not key.startswith(classifier)}
     kept = {} if fits else {key: value for key, value in own.items() if key.startswith(classifier)}
     try:
         net.load_state_dict({**given, **kept})
     except RuntimeError as error:
-        mismatch = " ".join(str(error).split())
-        line = f"student.init_from: {where}: its weights do not fit the student: {mismatch}"
+        line = f"student.init_from: {where}: its weights do not fit the student: {mismatch_of(error)}"
         raise InputError(f"{line}; name a checkpoint of the same net", "checkpoint") from None
     return fits
+
+
+def mismatch_of(error: RuntimeError) -> str:
+    """Returns what torch says of weights that do not fit, without listing hundreds of names."""
+    text = " ".join(str(error).partition("\n")[2].split())
+    return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
 def freeze(net: nn.Module, section: Mapping[str, Any]) -> list[nn.Module]:
@@ -116,6 +124,6 @@ def restore(state: Mapping[str, Any], where: str) -> nn.Module:
     try:
         net.load_state_dict(state["state_dict"])
     except RuntimeError as error:
-        mismatch = " ".join(str(error).split())
-        raise InputError(f"{where}: its weights do not fit net '{section['name']}': {mismatch}", "checkpoint") from None
+        line = f"{where}: its weights do not fit net '{section['name']}': {mismatch_of(error)}"
+        raise InputError(line, "checkpoint") from None
     return net

@@ -513,3 +513,22 @@ def test_a_checkpoint_beside_params_that_name_no_net_is_refused(params: dict[str
 def test_the_reference_has_a_meaning_for_every_key() -> None:
     assert [*options_of(flat_options)] == [*PLAIN]
     assert set(schema._meanings(flat_options)) == set(PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("key", "section"),
+    [
+        ("dataset", {"name": "digits"}),
+        ("dataset", {"name": "image_folder", "data_dir": "/images"}),
+        ("schedule", {"name": "cosine"}),
+        ("loss", {"name": "fitnets"}),
+        ("optimizer", {"name": "sgd", "learning_rate": 0.1}),
+    ],
+)
+def test_a_section_of_ours_may_name_another_entry(key: str, section: dict[str, Any]) -> None:
+    """Options that only the old entry takes go; those that every dataset takes stay."""
+    values, problems = resolve(changed(**{key: section}))
+    assert problems == []
+    assert values[key]["name"] == section["name"]
+    assert values["dataset"]["validate_on"] == "test"
+    assert values["dataset"]["batch_size"] == 128

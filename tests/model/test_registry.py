@@ -89,7 +89,7 @@ def test_names_come_in_order(toys: Registry) -> None:
         ("zeppelin", "unknown toy 'zeppelin'; known: ball, block, car/"),
         ("", "unknown toy ''; known: ball, block, car/"),
         ("car/", "unknown toy 'car/'; known: beetle, bus"),
-        ("car/beetel", "unknown toy 'car/beetel'; did you mean 'beetle'?"),
+        ("car/beetel", "unknown toy 'car/beetel'; did you mean 'car/beetle'?"),
         ("car/xyz", "unknown toy 'car/xyz'; known: beetle, bus"),
         ("car", "unknown toy 'car'; did you mean 'car/'?"),
         ("ball/red", "unknown toy 'ball/red'; did you mean 'ball'?"),

@@ -133,14 +133,14 @@ def test_pretrained_weights_are_not_fetched(monkeypatch: pytest.MonkeyPatch) -> 
         ("", ": name: unknown net ''; known: "),
         (
             "torchvision/resnt50",
-            "torchvision/resnt50: name: unknown net 'torchvision/resnt50'; did you mean 'resnet50'?",
+            "torchvision/resnt50: name: unknown net 'torchvision/resnt50'; did you mean 'torchvision/resnet50'?",
         ),
         ("cnn,num_chanels=8", "cnn,num_chanels=8: num_chanels: unknown option; did you mean 'num_channels'?"),
         ("cnn,num_channels=0", "cnn,num_channels=0: num_channels: 0 is below 1"),
         ("cnn,num_channels=wide", "num_channels: expected a whole number, got 'wide'"),
         ("cnn,num_channels=8,num_channels=16", "num_channels is given twice"),
         ("cnn,name=tiny", "name is given twice"),
-        ("cnn,8", "unknown net 'cnn,8'"),
+        ("cnn,8", "cnn,8: an option is name=value"),
         ("torchvision/inception_v3", "torchvision/inception_v3 with images of 32x32, 10 classes: "),
     ],
 )

@@ -108,7 +108,7 @@ def test_what_is_no_number_is_no_point() -> None:
 
 def test_the_axes_say_what_they_show() -> None:
     figure = draw_curves("experiments/a", RECORDS)
-    assert [axes.get_ylabel() for axes in figure.axes] == ["loss", "accuracy (%)", "learning rate"]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["loss", "accuracy (%)", "learning rate, end of epoch"]
     assert {axes.get_xlabel() for axes in figure.axes} == {"epoch"}
     assert figure.get_suptitle() == "experiments/a"
 

@@ -14,7 +14,7 @@ import search_hyperparams
 from model.legacy import as_sections
 from sweep import study
 from sweep.launchers import Local
-from sweep.study import Child, check, check_teachers, plan, run, table, write
+from sweep.study import Child, check, check_sources, plan, run, table, write
 from utils import RunError
 
 MakeParent = Callable[..., Path]
@@ -112,13 +112,13 @@ def test_a_missing_teacher_is_found_before_any_child_is_made(make_parent: MakePa
     parent = make_parent({"alpha": [0.1, 0.2]}, teacher=teacher)
     children = plan(parent)
     with pytest.raises(RunError, match="teacher nowhere does not exist"):
-        check_teachers(children)
+        check_sources(children)
     assert not list(parent.glob("alpha_*"))
 
 
 def test_children_without_a_teacher_need_none(make_parent: MakeParent) -> None:
-    check_teachers(plan(make_parent({"alpha": [0.1]})))
-    check_teachers(plan(make_parent({"alpha": [0.1]}, teacher=None)))
+    check_sources(plan(make_parent({"alpha": [0.1]})))
+    check_sources(plan(make_parent({"alpha": [0.1]}, teacher=None)))
 
 
 def test_a_file_in_the_way_of_a_child_is_one_line(make_parent: MakeParent) -> None:
@@ -339,12 +339,12 @@ def test_the_teacher_of_flat_children_is_the_directory_that_its_name_stands_for(
     monkeypatch.chdir(tmp_path)
     children = plan(make_flat(tmp_path, {"alpha": [0.5]}), as_sections=as_sections)
     with pytest.raises(RunError, match="teacher experiments/base_resnet18 does not exist"):
-        check_teachers(children, as_sections)
+        check_sources(children, as_sections)
     teacher = make_flat(tmp_path / "experiments" / "base_resnet18", model_version="resnet18", teacher="none")
     with pytest.raises(RunError, match=r"teacher experiments/base_resnet18 has no best.pth.tar"):
-        check_teachers(children, as_sections)
+        check_sources(children, as_sections)
     (teacher / "best.pth.tar").touch()
-    check_teachers(children, as_sections)
+    check_sources(children, as_sections)
 
 
 def test_a_teacher_that_the_ancestor_would_not_have_used_is_not_looked_for(
@@ -352,7 +352,7 @@ def test_a_teacher_that_the_ancestor_would_not_have_used_is_not_looked_for(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     parent = make_flat(tmp_path, {"dropout_rate": [0.0, 0.5]}, model_version="cnn")
-    check_teachers(plan(parent, as_sections=as_sections), as_sections)
+    check_sources(plan(parent, as_sections=as_sections), as_sections)
 
 
 def test_the_command_searches_a_flat_parent_and_says_what_it_assumed(
@@ -373,3 +373,15 @@ def test_the_command_searches_a_flat_parent_and_says_what_it_assumed(
         f"WARNING: {parent / 'params.json'} is one of the ancestor's: VALIDATED AND SELECTED ON THE TEST SET" in first
     )
     assert "teacher resnet18 is experiments/base_resnet18" in first
+
+
+def test_starting_weights_that_are_not_there_are_found_before_anything_is_written(
+    make_parent: MakeParent, tmp_path: Path
+) -> None:
+    weights = tmp_path / "some.pth.tar"
+    student = {"name": "tiny", "init_from": str(weights)}
+    children = plan(make_parent({"alpha": [0.1, 0.2]}, teacher=None, student=student))
+    with pytest.raises(RunError, match=r"student\.init_from: .*some\.pth\.tar does not exist"):
+        check_sources(children)
+    weights.write_bytes(b"")
+    check_sources(children)

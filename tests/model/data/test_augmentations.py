@@ -233,7 +233,11 @@ def test_a_list_shows_the_very_images_that_its_numbered_views_are():
 @pytest.mark.parametrize(
     ("augmentation", "key", "message"),
     [
-        ("cutmix", "augmentation", "expected crop_flip, crop, flip, none or a list of names and {"),
+        (
+            "cutmix",
+            "augmentation",
+            'expected crop_flip, crop, flip, none, or a list of names and {"name": ..., options}; got',
+        ),
         (3, "augmentation", "got 3"),
         (["crop", 3], "augmentation", "got ['crop', 3]"),
         (["flipp"], "augmentation.0.name", "unknown augmentation 'flipp'; known: auto_augment, color_jitter"),
