@@ -83,7 +83,7 @@ def test_what_is_no_classifier_of_torchvision_is_refused_with_the_nearest_name(n
     _, [(key, text)] = NETS.resolve({"name": f"torchvision/{name}"})
     assert key == "name"
     assert f"unknown net 'torchvision/{name}'; " in text
-    assert ("did you mean 'resnet" in text) == ("resnet" in name)
+    assert ("did you mean 'torchvision/resnet" in text) == ("resnet" in name)
 
 
 @pytest.mark.parametrize("architecture", ["shufflenet_v2_x0_5", "squeezenet1_1"])
