@@ -29,6 +29,7 @@ demo: $(READY) ## train a teacher, distil a student, search alpha and T, print t
 	$(PY) train.py --model_dir experiments/demo/student_kd
 	$(PY) search_hyperparams.py --parent_dir experiments/demo/alpha_temp --jobs 2
 	for run in teacher student student_kd; do $(PY) evaluate.py --model_dir experiments/demo/$$run || exit; done
+	$(PY) evaluate.py --model_dir experiments/demo/teacher --split val --calibrate
 	$(PY) synthesize_results.py --parent_dir experiments/demo --plots
 
 test: $(READY) lint ## lint, then the tests that take seconds
