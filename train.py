@@ -139,11 +139,22 @@ class Run:
     splits: data.Data
     learner: Learner
     teacher: FrozenTeacher | None
+    teacher_accuracy: float | None  # on validation, in its own run
     identity: Mapping[str, str | None]  # what besides params decides the result
     machine: Mapping[str, Any]
     head: Mapping[str, Any]  # what every checkpoint of this run says of itself
     lines: Sequence[str]  # what the log begins with
     quiet: bool
+
+    def introduce(self) -> None:
+        """Logs what is trained with what; the teacher is scored, so that a wrong one is seen."""
+        for line in self.lines:
+            log.info("%s", line)
+        if self.teacher is not None:
+            score = evaluate(self.teacher, self.splits.val, precision=self.learner.precision)["accuracy"]
+            own = "" if self.teacher_accuracy is None else f", {self.teacher_accuracy:.4f} in its own run"
+            where = self.params.teacher["model_dir"]
+            log.info("teacher %s: %s, val accuracy %.4f here%s", where, self.teacher.name, score, own)
 
     def restore(self, state: Mapping[str, Any] | None) -> tuple[int, Totals]:
         """Returns the epoch to go on with and the sums of what is done of it already."""
@@ -289,17 +300,13 @@ def prepare(args: argparse.Namespace, params: Params, students: Sequence[Path]) 
     if init_from:
         but = "" if adopted else " but for the classifier, which is new: it has another number of classes"
         lines.append(f"begins with the weights of {init_from}{but}")
-    if teacher is not None and teacher_state is not None:
-        score = evaluate(teacher, splits.val, precision=precision)["accuracy"]
-        reported = teacher_state.get("metrics", {}).get("accuracy")
-        own = "" if reported is None else f", {reported:.4f} in its own run"
-        lines.append(f"teacher {teacher_dir}: {teacher.name}, val accuracy {score:.4f} here{own}")
     return Run(
         params=params,
         experiment=Experiment(model_dir),
         splits=splits,
         learner=Learner(student, loss, optimizer, schedule, precision, frozen_norms),
         teacher=teacher,
+        teacher_accuracy=(teacher_state or {}).get("metrics", {}).get("accuracy"),
         identity={"data": splits.fingerprint, "teacher": teacher_sha, "init": init_sha, "precision": precision},
         machine=machine,
         head={"net": net_record, "params": params.dict, **machine},
@@ -323,8 +330,7 @@ def train(args: argparse.Namespace, students: Sequence[Path] = ()) -> int:
     details = {"set_aside": bool(args.restore_file), **run.machine, "overrides": args.overrides}
     with run.experiment.attempt(params, run.identity, restart=args.restart, **details) as state:
         set_logger(model_dir / "train.log", args.quiet)
-        for line in run.lines:
-            log.info("%s", line)
+        run.introduce()
         first, totals = run.restore(state)
         if params.num_epochs == 0 and state is None:
             run.keep()
