@@ -258,7 +258,8 @@ def net_record(params: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str,
         line = "which net the checkpoint holds is not to be found in params.json beside it"
         raise InputError(f"{line}; correct that: python train.py --check --model_dir DIR", "checkpoint")
     record = {**facts, "section": dict(student)}
-    if constants := normalisation_of(student["name"]):
+    name = dataset.get("name") if isinstance(dataset, Mapping) else None
+    if name == "cifar10" and (constants := normalisation_of(student["name"])):
         record |= {"mean": list(constants[0]), "std": list(constants[1])}
     if isinstance(dataset, Mapping):
         record |= {key: dataset[key] for key in ("mean", "std") if dataset.get(key) is not None}

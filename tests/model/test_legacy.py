@@ -1,6 +1,6 @@
 """Claims about the ancestor's params.json: all of them load and mean what they meant, and typos are found.
 
-`upstream_params.json` is that of shared/vectors; TABLE is section 1.1 of shared/spec/upstream.md.
+`upstream_params.json` holds the ancestor's 129 files; TABLE is what they say, written down independently of them.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def test_the_grids_have_all_their_points(parent: str) -> None:
     [(0.9, 20, 0.200773), (0.95, 6, 0.206618), (0.5, 1.5, 0.249206), (0.9, 4, 0.216190)],
 )
 def test_a_translated_loss_has_the_ancestors_values(alpha: float, temperature: float, total: float) -> None:
-    """The fixtures of shared/spec/upstream.md, section 4: the mean over batch and classes."""
+    """Computed in float64 from the ancestor's formula: the mean over batch and classes."""
     loss = LOSSES.create(resolved(changed(alpha=alpha, temperature=temperature))["loss"])
     student = Outputs(torch.tensor([[2, 0, -1], [0.5, 1.5, -0.5]], dtype=torch.float64))
     teacher = Outputs(torch.tensor([[1, 2, -1], [0, 3, 0]], dtype=torch.float64))
@@ -481,7 +481,7 @@ def test_a_checkpoint_of_the_ancestor_is_of_its_directorys_net_on_the_data_at_ha
 
 @pytest.mark.parametrize("net", ["wrn", "densenet", "resnext29", "preresnet110"])
 def test_the_teachers_that_came_trained_have_their_own_normalisation(net: str) -> None:
-    """shared/spec/upstream.md, section 3.1: bearpaw's std."""
+    """bearpaw/pytorch-classification, where they come from, normalises with this std."""
     record = net_record(changed(RESNET, model_version=net), FACTS)
     assert record["mean"] == [0.4914, 0.4822, 0.4465]
     assert record["std"] == [0.2023, 0.1994, 0.2010]
@@ -491,6 +491,11 @@ def test_the_teachers_that_came_trained_have_their_own_normalisation(net: str) -
 
 def test_the_ancestors_own_nets_have_their_datasets_normalisation() -> None:
     assert normalisation_of("cnn") is normalisation_of("resnet18") is None
+
+
+def test_what_was_trained_on_other_images_is_not_taken_for_the_ancestors() -> None:
+    record = net_record({"student": {"name": "wrn"}, "dataset": {"name": "cifar100"}}, FACTS)
+    assert (record["mean"], record["std"]) == (FACTS["mean"], FACTS["std"])
 
 
 def test_a_normalisation_that_params_name_is_the_nets() -> None:

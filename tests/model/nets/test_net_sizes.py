@@ -18,7 +18,7 @@ def create_without_memory(section: dict[str, Any], num_classes: int) -> nn.Modul
     return net
 
 
-# From shared/spec: the ancestor's nets (upstream.md, section 3) and seed 002's (seeds.md, section 2). The thin ResNets'
+# Counted on the networks as published: the ancestor's and seed 002's. The thin ResNets'
 # are those of He et al. 2015, table 6, to all digits, and with 1x1 shortcuts and 100 classes that of RepDistiller's
 # resnet20.
 @pytest.mark.parametrize(

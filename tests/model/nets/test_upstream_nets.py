@@ -1,6 +1,6 @@
 """The six nets that the ancestor names against its own: keys, shapes, number of parameters, and logits of three.
 
-`upstream_nets.json` and the closed forms are those of shared/vectors/README.md.
+`upstream_nets.json` and the closed forms come from the ancestor's own code, run independently.
 """
 
 from __future__ import annotations
