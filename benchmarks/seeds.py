@@ -3,11 +3,11 @@
     python benchmarks/seeds.py --data_dir /path/to/cifar10-images --jobs 2
 
 `--data_dir` is CIFAR-10 as a folder of images (`train/`, `test/` with a folder per class). Each run is a committed
-experiment with fewer epochs on a part of the images, and what `GROUPS` changes besides: seed 000's teacher has smaller
-batches, another rate and a warm-up, seed 003's is its ResNet-34. Seed 001, published on Caltech, is run at 224 px on a
-small folder made of the same images: it is pre-trained on six classes, fine-tuned and distilled on the four others.
-Every run is scored on the test split; the tables that synthesize_results.py makes go to benchmarks/results/seeds.md.
-Run again, it goes on where it stopped.
+experiment with fewer epochs on a part of the images, and what `GROUPS` changes besides: seed 000's teacher and seed
+002's students have smaller batches and another rate, seed 003's teacher is its ResNet-34. Seed 001, published on
+Caltech, is run at 224 px on a small folder made of the same images: it is pre-trained on six classes, fine-tuned and
+distilled on the four others. Every run is scored on the test split; the tables that synthesize_results.py makes go to
+benchmarks/results/seeds.md. Run again, it goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Group:
 
 THIRD = {"subset_fraction": 0.3, "val_fraction": 0.02}
 TWENTIETH = {"subset_fraction": 0.05, "val_fraction": 0.02}
+SMALL_BATCHES = {"dataset.batch_size": 32, "optimizer.learning_rate": 0.02}  # else 10 steps an epoch
 LARGE = {"image_size": 224, "stream": True, "val_fraction": 0.2}
 GROUPS = {
     "s003": Group(
@@ -108,11 +109,11 @@ GROUPS = {
         "Seed 002: EfficientNet-B0 alone, then taught by DenseNet-40 from there on (2,450 images)",
         TWENTIETH,
         [
-            [Scaled("s002/teacher_densenet40", 10), Scaled("s002/effnetb0_ce", 10)],
+            [Scaled("s002/teacher_densenet40", 10), Scaled("s002/effnetb0_ce", 10, SMALL_BATCHES)],
             [
-                Scaled("s002/effnetb0_ce_finetuned", 5),
-                Scaled("s002/effnetb0_kd_densenet40", 5),
-                Scaled("s002/effnetb0_kd_densenet40_bm", 5),
+                Scaled("s002/effnetb0_ce_finetuned", 5, SMALL_BATCHES),
+                Scaled("s002/effnetb0_kd_densenet40", 5, SMALL_BATCHES),
+                Scaled("s002/effnetb0_kd_densenet40_bm", 5, SMALL_BATCHES),
             ],
         ],
     ),

@@ -21,7 +21,7 @@ def test_the_variance_is_2_over_kernel_area_times_output_channels(groups: int) -
     assert conv.weight.abs().max() > 3 * conv.weight.std(), "this is not a normal distribution"
 
 
-# The initialisations of the originals , as their code has them.
+# The initialisations of the originals, as their code has them.
 @pytest.mark.parametrize("name", ["wrn", "preresnet110", "densenet", "densenet40", "resnext29"])
 def test_convolutions_of_the_ancestors_nets_begin_so(name: str) -> None:
     torch.manual_seed(0)
