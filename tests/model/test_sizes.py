@@ -17,7 +17,7 @@ from model import sizes
 from model.errors import InputError
 
 
-def rows(nets: list[str], **options: int) -> list[dict[str, str]]:
+def rows(nets: list[str], **options: int | None) -> list[dict[str, str]]:
     """Returns the lines of the table as header -> cell."""
     header, _, *lines = sizes.table(nets, **{"image_size": 32, "num_classes": 10} | options).splitlines()
     split = [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, *lines)]
@@ -201,3 +201,20 @@ def test_the_command_prints_the_table() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == sizes.table(["resnet20", "tiny,width=4"], 32, 10) + "\n"
     assert done.stderr == ""
+
+
+S001 = str(ROOT / "experiments" / "s001" / "M_ce_lr2e-4")
+
+
+def test_a_directorys_student_is_measured_for_its_datasets_images_and_classes() -> None:
+    """Seed 001's student: 1,500,901 parameters and 176.6 M multiply-accumulates at 224 px with 101 classes."""
+    student, tiny = rows([S001, "tiny"], image_size=None, num_classes=None)
+    assert student["net"].endswith("(224 px, 101 classes)")
+    assert (student["parameters"], student["MACs (M)"]) == ("1,500,901", "176.61")
+    assert tiny["net"] == "tiny (32 px, 10 classes)"
+
+
+def test_sizes_that_are_asked_for_hold_for_directories_too() -> None:
+    (student,) = rows([S001], image_size=32, num_classes=10)
+    (net,) = rows(["mobilenets_m"], image_size=32, num_classes=10)
+    assert student | {"net": ""} == net | {"net": ""}
