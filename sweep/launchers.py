@@ -12,6 +12,8 @@ from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen
 from typing import Protocol
 
+from process import available_cores
+
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 
@@ -41,9 +43,8 @@ class Local:
 
     def __init__(self, slots: int = 1, device: str = "auto") -> None:
         self.slots = slots
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         # Children that take all cores each are slower together than one after the other.
-        self._environment = {"OMP_NUM_THREADS": str(max(1, cores // slots)), **os.environ}
+        self._environment = {"OMP_NUM_THREADS": str(max(1, available_cores() // slots)), **os.environ}
         self._device = device
         self._running: dict[Path, Popen[bytes]] = {}
 
