@@ -7,6 +7,7 @@
     last.pth.tar                 the newest state: the single commit point, everything below follows from it
     prev.pth.tar                 the state before it, for when last.pth.tar is damaged
     best.pth.tar                 the state with the best validation accuracy
+    kept_*.pth.tar               checkpoints that were put here and that training would have written over
     metrics_val_{best,last}_weights.json
 
 Write order: journal, last.pth.tar, best.pth.tar, derived JSON. After a crash at any point the same command
