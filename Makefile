@@ -9,6 +9,7 @@ READY := $(VENV)/.ready
 # The demo is small: one thread each is as fast as all of them, and the same bits everywhere.
 demo: export OMP_NUM_THREADS := 1
 test test-all: export OMP_NUM_THREADS := 1
+ON_ALL_CORES := -n auto --dist worksteal
 
 .PHONY: help setup demo test test-all lint format bench bench-seeds readme clean
 .DEFAULT_GOAL := help
@@ -33,10 +34,10 @@ demo: $(READY) ## train a teacher, distil a student, search alpha and T, print t
 	$(PY) synthesize_results.py --parent_dir experiments/demo --plots
 
 test: $(READY) lint ## lint, then the tests that take seconds
-	$(PY) -m pytest
+	$(PY) -m pytest $(ON_ALL_CORES)
 
 test-all: $(READY) lint ## the same with the slow tests
-	$(PY) -m pytest -m "slow or not slow"
+	$(PY) -m pytest $(ON_ALL_CORES) -m "slow or not slow"
 
 lint: $(READY) ## ruff and mypy
 	$(PY) -m ruff check .

@@ -23,7 +23,8 @@ import torch
 from checkpoint import load_checkpoint
 from model import data, metrics, nets, schema
 from model.data.pipeline import Loader
-from model.engine import choose_device, choose_precision, evaluate, place, probe
+from model.devices import choose_device, choose_precision, place
+from model.engine import evaluate, probe
 from model.legacy import is_flat, net_record
 from model.losses import LOSSES
 from model.losses.base import Loss
@@ -116,7 +117,7 @@ def load_teacher(params: Params, student: dict[str, Any], sha: str | None) -> Fr
     except RunError as error:
         log.warning("no comparison with the teacher: %s", error)
         return None
-    return create_teacher(state, f"teacher {teacher_dir}", student, params.teacher["mean"], params.teacher["std"])
+    return create_teacher(state, params.teacher, student)
 
 
 def sizes(net: torch.nn.Module, teacher: FrozenTeacher | None, shape: tuple[int, ...]) -> dict[str, float]:
@@ -192,15 +193,18 @@ def main() -> int:
         loss.attach(probe(net, name, splits.shape), taught)
         loss.load_state_dict(state["loss_dict"])
         loss.to(device)
+    size = sizes(net, teacher, splits.shape)
     if teacher is not None:
         teacher = place(teacher, device)
+        if loss is None or loss.teacher_statistics == "running":  # as in training
+            teacher = teacher.fast(precision, loss.needs if loss else frozenset({"logits"}), splits.shape)
 
     columns: dict[str, list[torch.Tensor]] = {"logits": [], "labels": [], "indices": [], "teacher_logits": []}
 
     def collect(batch: Batch, outputs: Outputs, teacher_outputs: Outputs | None) -> None:
         columns["logits"].append(outputs.logits.cpu())
         columns["labels"].append(batch.labels.cpu())
-        columns["indices"].append(batch.indices.cpu())
+        columns["indices"].append(batch.indices)
         if teacher_outputs is not None:
             columns["teacher_logits"].append(teacher_outputs.logits.cpu())
 
@@ -210,7 +214,7 @@ def main() -> int:
     scores["ece"] = metrics.expected_calibration_error(logits, labels)
     if teacher is not None:
         scores |= metrics.agreement(logits, table["teacher_logits"])
-    scores |= sizes(net, teacher, splits.shape)
+    scores |= size
     scores["checkpoint_bytes"] = path.stat().st_size
     selected_on = splits.selected_on if args.restore_file == "best" else "nothing"
     if foreign and not is_flat(state["params"]):

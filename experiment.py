@@ -21,9 +21,10 @@ import fcntl
 import json
 import os
 import platform
+import signal
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,10 @@ MAY_CHANGE = (
     "dataset.num_workers",
     "student.init_from",
     "teacher.model_dir",
+    "teacher.cache",
+    "teacher.max_gb",
+    "teacher.cache_dir",
+    "compile",
 )
 BY_CONTENT = ("student.init_from", "teacher.model_dir")
 CALLED = {"init": "checkpoint of student.init_from or --restore_file"}  # in messages
@@ -106,14 +111,16 @@ class Experiment:
 
     Args:
         model_dir: The directory; it must hold a params.json.
+        agree: Returns the greatest of each number that it is given among all processes of the run, if it has several.
 
     Attributes:
         best: Validation metrics of the best epoch so far with its number, or None.
         stop: Remembers a signal to stop; `pause` and `stop_if_asked` heed it.
     """
 
-    def __init__(self, model_dir: str | Path) -> None:
+    def __init__(self, model_dir: str | Path, agree: Callable[..., Sequence[int]] = lambda *numbers: numbers) -> None:
         self.dir = Path(model_dir)
+        self._agree = agree
         self.last, self.prev, self.best_file = (self.dir / f"{name}.pth.tar" for name in ("last", "prev", "best"))
         self.journal = self.dir / "metrics.jsonl"
         self.best: dict[str, Any] | None = None
@@ -255,13 +262,20 @@ class Experiment:
         self._scalars(record, progress)
         return is_best
 
-    def stop_if_asked(self, where: str) -> None:
-        """Ends the run if a signal has come; `where` says how far it has been saved.
+    def stop_if_asked(self, where: str, alone: bool = False) -> None:
+        """Ends the run if a signal has come.
+
+        Args:
+            where: Says how far it has been saved.
+            alone: Do not ask the other processes of the run, which may be elsewhere.
 
         Raises:
             RunError: Reason `signal` or `preempted`, with the exit status of the signal.
         """
-        if self.stop.received is not None:
+        own = self.stop.received or 0
+        (asked,) = [own] if alone else self._agree(own)
+        if asked:
+            self.stop.received = signal.Signals(asked)
             raise self.stop.error(where)
 
     def pause(self, snapshot: Callable[[], Mapping[str, Any]], minutes: float, where: str) -> None:
@@ -272,7 +286,8 @@ class Experiment:
             minutes: Save when this long has passed since the last time.
             where: As in `stop_if_asked`.
         """
-        if self.stop.received is not None or time.monotonic() - self._saved > 60 * minutes:
+        asked, late = self._agree(self.stop.received or 0, int(time.monotonic() - self._saved > 60 * minutes))
+        if asked or late:
             self.save(snapshot())
             self.stop_if_asked(where)
 
@@ -439,3 +454,28 @@ class Experiment:
         for name, value in scalars.items():
             self._board.add_scalar(name, value, epoch)
         self._board.flush()
+
+
+class Follower(Experiment):
+    """The directory as the other processes of a run have it: the first one writes, these end in silence."""
+
+    @contextlib.contextmanager
+    def attempt(self, *_: Any, **__: Any) -> Iterator[None]:
+        self._saved = time.monotonic()
+        with self.stop:
+            yield None
+
+    def record(self, *_: Any) -> bool:
+        return False
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        self._saved = time.monotonic()
+
+    def stop_if_asked(self, where: str, alone: bool = False) -> None:
+        try:
+            super().stop_if_asked(where, alone)
+        except RunError as error:
+            if not alone:  # torchrun ends all as soon as one has ended: the first goes first, and no more agrees
+                with contextlib.suppress(Exception):
+                    self._agree(0)
+            raise SystemExit(error.exit_status) from None

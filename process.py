@@ -64,15 +64,16 @@ class ConsoleHandler(logging.Handler):
             sys.stdout.flush()
 
 
-def set_logger(path: Path | None = None, quiet: bool = False) -> None:
+def set_logger(path: Path | None = None, quiet: bool = False, mute: bool = False) -> None:
     """Sends log lines, warnings included, to the console and appends them to a file.
 
     Args:
         path: The log file; None for the console alone.
         quiet: Only warnings and errors go to the console.
+        mute: Only errors.
     """
     logging.captureWarnings(True)
-    console = ConsoleHandler(logging.WARNING if quiet else logging.INFO)
+    console = ConsoleHandler(logging.ERROR if mute else logging.WARNING if quiet else logging.INFO)
     handlers: list[logging.Handler] = [console]
     if path is not None:
         try:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +22,25 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from experiment import Experiment, read_status
-from model import data, legacy, nets, schema
+from experiment import Experiment, Follower, read_status
+from model import data, legacy, nets, parallel, schema
 from model.data import DATASETS
-from model.engine import (
-    Learner,
-    Totals,
-    choose_device,
-    choose_precision,
-    device_name,
-    evaluate,
-    place,
-    probe,
-    train_epoch,
-)
+from model.devices import choose_device, choose_precision, compiled, device_name, place
+from model.engine import Learner, Totals, evaluate, probe, train_epoch
 from model.errors import InputError
 from model.losses import LOSSES
 from model.losses.base import Loss
 from model.metrics import count_parameters
 from model.optim import create_optimizer, create_schedule
+from model.outputs import outputs_of
 from model.rng import derive_seed
 from model.teacher import FrozenTeacher, create_teacher
 from process import EpochBar, log, run_main, set_logger
 from sources import find_weights, load_initial, load_teacher_checkpoint
+from teaching import make_ready
 from utils import OK, USAGE, Params, RunError, apply_overrides, read_json
+
+USUAL = {"processes": 1, "compile": "off"}  # what goes without saying of how a run is trained
 
 
 def parse_args() -> argparse.Namespace:
@@ -65,6 +62,12 @@ def parse_args() -> argparse.Namespace:
     if args.seed is not None:
         args.overrides.append(f"seed={args.seed}")
     return args
+
+
+def begin_log(args: argparse.Namespace, path: Path | None = None) -> None:
+    """Sends log lines to the console and to a file; of several processes, only the first one's."""
+    first = parallel.rank() == 0
+    set_logger(path if first else None, args.quiet, mute=not first)
 
 
 def load_params(model_dir: Path, overrides: Sequence[str]) -> Params:
@@ -127,7 +130,7 @@ def train_teacher(args: argparse.Namespace, params: Params, students: Sequence[P
     log.info("first the teacher, %s", teacher_dir)
     own = {"model_dir": [teacher_dir], "overrides": shared, "restart": False, "restore_file": None}
     train(argparse.Namespace(**{**vars(args), **own}), students)
-    set_logger(quiet=args.quiet)  # the teacher's train.log ends here
+    begin_log(args)  # the teacher's train.log ends here
 
 
 @dataclass
@@ -139,7 +142,6 @@ class Run:
     splits: data.Data
     learner: Learner
     teacher: FrozenTeacher | None
-    teacher_accuracy: float | None  # on validation, in its own run
     identity: Mapping[str, str | None]  # what besides params decides the result
     machine: Mapping[str, Any]
     head: Mapping[str, Any]  # what every checkpoint of this run says of itself
@@ -147,14 +149,20 @@ class Run:
     quiet: bool
 
     def introduce(self) -> None:
-        """Logs what is trained with what; the teacher is scored, so that a wrong one is seen."""
+        """Logs what is trained with what, and makes the teacher ready."""
         for line in self.lines:
             log.info("%s", line)
         if self.teacher is not None:
-            score = evaluate(self.teacher, self.splits.val, precision=self.learner.precision)["accuracy"]
-            own = "" if self.teacher_accuracy is None else f", {self.teacher_accuracy:.4f} in its own run"
-            where = self.params.teacher["model_dir"]
-            log.info("teacher %s: %s, val accuracy %.4f here%s", where, self.teacher.name, score, own)
+            self.teacher = make_ready(
+                self.teacher,
+                self.params.teacher,
+                self.splits,
+                self.learner.loss,
+                self.learner.precision,
+                self.params.num_epochs,
+                lambda: self.experiment.stop_if_asked("while the teacher's answers were computed", alone=True),
+                self.quiet,
+            )
 
     def restore(self, state: Mapping[str, Any] | None) -> tuple[int, Totals]:
         """Returns the epoch to go on with and the sums of what is done of it already."""
@@ -164,21 +172,22 @@ class Run:
         self.learner.load_state_dict(state)
         totals.load_state_dict(state["totals"])
         log.info("going on after epoch %d, step %d", state["epoch"], totals.steps)
-        other = [
-            f"{key} {state[key]} -> {self.head[key]}" for key in ("device", "threads") if state[key] != self.head[key]
-        ]
+        begun = {**USUAL, **state}
+        keys = ("device", "threads", *USUAL)
+        other = [f"{key} {begun[key]} -> {self.head[key]}" for key in keys if begun[key] != self.head[key]]
         if other:
             log.warning("the last bits will differ from those of an uninterrupted run: %s", ", ".join(other))
         return state["epoch"], totals
 
     def snapshot(self, epoch: int, totals: Totals) -> dict[str, Any]:
         """Returns all that a resume needs, at `totals.steps` steps into an epoch (from 0)."""
-        totals.means()  # raises where a sum is not finite: no such state may be kept
+        totals.of_all().means()  # raises where a sum is not finite: no such state may be kept
         position = {"epoch": epoch, "step": totals.steps, "totals": totals.state_dict()}
         return {**self.head, **self.learner.state_dict(), **position}
 
     def validate(self, after_batch: Callable[..., None] = lambda *_: None) -> dict[str, float]:
         """Returns the student's scores on the validation split, the loss and its terms among them."""
+        parallel.align(self.learner.student, self.learner.loss)
         return evaluate(
             self.learner.student,
             self.splits.val,
@@ -199,14 +208,17 @@ class Run:
         """Trains, validates and commits an epoch (from 0), or what is left of it."""
         name = f"epoch {epoch + 1}/{self.params.num_epochs}"
         started, done = time.monotonic(), totals.samples
+        processes, calls = parallel.size(), itertools.count(1)
         bar = EpochBar(name, self.splits.train.num_samples, done, self.quiet)
 
         def pause(*_: object) -> None:
-            where = f"in {name} after step {totals.steps}"
-            self.experiment.pause(lambda: self.snapshot(epoch, totals), self.params.checkpoint_minutes, where)
+            if next(calls) % parallel.stride() == 0:
+                where = f"in {name} after step {totals.steps}"
+                self.experiment.pause(lambda: self.snapshot(epoch, totals), self.params.checkpoint_minutes, where)
 
         def after_step() -> None:
-            bar.show(totals.samples, totals.means)
+            if parallel.rank() == 0:
+                bar.show(done + processes * (totals.samples - done), totals.means)
             pause()
 
         train_metrics = train_epoch(
@@ -220,7 +232,7 @@ class Run:
         )
         progress = {}
         if totals.samples > done:  # not when only validation was left
-            progress["images_per_second"] = (totals.samples - done) / (time.monotonic() - started)
+            progress["images_per_second"] = processes * (totals.samples - done) / (time.monotonic() - started)
         bar.close()
         val_metrics = self.validate(pause)
         seconds = time.monotonic() - started
@@ -263,7 +275,7 @@ def prepare(args: argparse.Namespace, params: Params, students: Sequence[Path]) 
     loss: Loss = LOSSES.create(params.loss)
     teacher = teacher_state = teacher_sha = taught = None
     if loss.needs_teacher:  # before any work: it may be missing
-        teacher_dir, restore_file, *constants = params.teacher.values()
+        teacher_dir, restore_file = params.teacher["model_dir"], params.teacher["restore_file"]
         if args.train_teacher:
             train_teacher(args, params, [*students, model_dir.resolve()])
         teacher_state, teacher_sha = load_teacher_checkpoint(Path(teacher_dir), restore_file)
@@ -272,41 +284,51 @@ def prepare(args: argparse.Namespace, params: Params, students: Sequence[Path]) 
         init_state, init_sha = load_initial(Path(init_from))
 
     with naming(model_dir / "params.json"):
-        splits = data.create(params.dataset, seed=params.seed, device=device)
+        with parallel.first_goes_first():
+            splits = data.create(params.dataset, seed=params.seed, device=device)
+        splits.share(parallel.rank(), parallel.size())
         torch.manual_seed(derive_seed(params.seed, "init"))
         student = nets.create(params.student, splits.num_classes)
         net_record = {"section": params.student, **splits.facts()}
         shown = probe(student, params.student["name"], splits.shape)
         adopted = init_state is not None and nets.adopt(student, init_state["state_dict"], init_from)
+        student = parallel.synchronised(student, device)
         frozen_norms = nets.freeze(student, params.student)
         if teacher_state is not None:
-            teacher = create_teacher(teacher_state, f"teacher {teacher_dir}", net_record, *constants)
+            teacher = create_teacher(teacher_state, params.teacher, net_record)
             taught = probe(teacher.net, teacher.name, splits.shape)
             teacher = place(teacher, device)
         torch.manual_seed(derive_seed(params.seed, "loss"))
         loss.attach(shown, taught)
-    student, loss = place(student, device), loss.to(device)
+    student, loss = place(student, device), parallel.synchronised(loss, device).to(device)
     optimizer = create_optimizer(params.optimizer, [*student.parameters(), *loss.parameters()])
     schedule = create_schedule(params.schedule, optimizer, params.num_epochs, len(splits.train))
+    run = compiled(partial(outputs_of, student)) if params.compile == "on" else None
 
-    machine = {"device": device_name(device), "precision": precision, "threads": torch.get_num_threads()}
+    machine = {
+        "device": device_name(device),
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "processes": parallel.size(),
+        "compile": "on" if params.compile == "on" else "off",
+    }
     lines = [
         *assumptions(model_dir, args.overrides),
-        f"{model_dir}: {', '.join(f'{key} {value}' for key, value in machine.items())}",
+        f"{model_dir}: {', '.join(f'{key} {value}' for key, value in machine.items() if USUAL.get(key) != value)}",
         splits.summary,
         f"student {params.student['name']}: {count_parameters(student):,} parameters{_frozen(student, frozen_norms)}",
         f"loss: {loss.describe()}",
+        *parallel.remarks(device, [student, loss], frozen_norms),
     ]
     if init_from:
         but = "" if adopted else " but for the classifier, which is new: it has another number of classes"
         lines.append(f"begins with the weights of {init_from}{but}")
     return Run(
         params=params,
-        experiment=Experiment(model_dir),
+        experiment=(Follower if parallel.rank() else Experiment)(model_dir, parallel.maximum),
         splits=splits,
-        learner=Learner(student, loss, optimizer, schedule, precision, frozen_norms),
+        learner=Learner(student, loss, optimizer, schedule, precision, frozen_norms, run),
         teacher=teacher,
-        teacher_accuracy=(teacher_state or {}).get("metrics", {}).get("accuracy"),
         identity={"data": splits.fingerprint, "teacher": teacher_sha, "init": init_sha, "precision": precision},
         machine=machine,
         head={"net": net_record, "params": params.dict, **machine},
@@ -328,10 +350,11 @@ def train(args: argparse.Namespace, students: Sequence[Path] = ()) -> int:
         return OK
     run = prepare(args, params, students)
     details = {"set_aside": bool(args.restore_file), **run.machine, "overrides": args.overrides}
-    with run.experiment.attempt(params, run.identity, restart=args.restart, **details) as state:
-        set_logger(model_dir / "train.log", args.quiet)
+    attempt = run.experiment.attempt(params, run.identity, restart=args.restart, **details)
+    with parallel.fenced(), attempt as state:
+        begin_log(args, model_dir / "train.log")
         run.introduce()
-        first, totals = run.restore(state)
+        first, totals = run.restore(state := parallel.from_first(state))
         if params.num_epochs == 0 and state is None:
             run.keep()
         for epoch in range(first, params.num_epochs):
@@ -343,9 +366,10 @@ def train(args: argparse.Namespace, students: Sequence[Path] = ()) -> int:
 def main() -> int:
     args = parse_args()
     if args.check:
-        return check(args.model_dir, args.overrides)
-    set_logger(quiet=args.quiet)
-    return train(args)
+        return OK if parallel.rank() else check(args.model_dir, args.overrides)
+    begin_log(args)
+    with parallel.together(args.device) as args.device:
+        return train(args)
 
 
 if __name__ == "__main__":

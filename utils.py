@@ -58,8 +58,8 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(text, object_pairs_hook=_once, parse_constant=_number, parse_float=_number)
         if not isinstance(value, dict):
             raise ValueError(f"expected an object {{...}}, got {type(value).__name__}")
-        text.encode()  # json turns "\ud800" into a lone surrogate, which no file can hold
-        json.dumps(value, ensure_ascii=False).encode()
+        if "\\u" in text:  # json turns "\ud800" into a lone surrogate, which no file can hold
+            json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
         raise RunError(f"{path}: not JSON: {error.msg} at {where}; correct it there", "params") from None
@@ -73,11 +73,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"the key {twice!r} stands there twice; keep one")
-    return dict(pairs)
+    return found
 
 
 def _number(text: str) -> float:
@@ -259,14 +260,18 @@ def set_option(raw: dict[str, Any], key: str, value: Any) -> None:
     section[last] = value
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns nested sections as one level of dotted keys."""
     flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
+
+    def add(section: Mapping[str, Any], prefix: str) -> None:
+        for key, value in section.items():
+            if isinstance(value, dict):
+                add(value, f"{prefix}{key}.")
+            else:
+                flat[prefix + key] = value
+
+    add(values, "")
     return flat
 
 

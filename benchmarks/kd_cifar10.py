@@ -12,19 +12,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
+from common import ROOT, add_data_options, create_parser, dataset_options, run_script, stamp, write_result
 from tabulate import tabulate
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from process import PACKAGES, provenance  # noqa: E402
-from utils import read_json, write_file, write_json  # noqa: E402
+from utils import read_json, write_json
 
 GROUPS = {
     "resnet20": ("ResNet-20 (the teacher's net)", "base_resnet20"),
@@ -34,27 +27,11 @@ GROUPS = {
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", type=Path, required=True)
-    parser.add_argument("--cache_dir", type=Path, help="for decoded images; by default inside an image folder")
-    parser.add_argument("--work_dir", type=Path, default=ROOT / "benchmarks" / "runs" / "kd_cifar10")
+    parser = create_parser(__doc__)
+    add_data_options(parser, "kd_cifar10")
     parser.add_argument("--seeds", type=int, nargs="+", default=[230, 231, 232])
     parser.add_argument("--jobs", type=int, default=1)
     return parser.parse_args()
-
-
-def dataset_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns what differs from the committed experiments' dataset section."""
-    options: dict[str, Any] = {"data_dir": str(args.data_dir)}
-    if (args.data_dir / "train").is_dir():
-        options["name"] = "image_folder"
-        if args.cache_dir:
-            options["cache_dir"] = str(args.cache_dir)
-    return options
-
-
-def run_script(name: str, *arguments: object) -> None:
-    subprocess.run([sys.executable, str(ROOT / name), *map(str, arguments)], check=True)
 
 
 def train_group(name: str, args: argparse.Namespace) -> list[Path]:
@@ -81,7 +58,7 @@ def column(folders: list[Path], file: str, metric: str = "accuracy") -> list[flo
     return [read_json(folder / file)[metric] for folder in folders]
 
 
-def spread(values: list[float]) -> str:
+def percent(values: list[float]) -> str:
     """Returns "mean ± sample standard deviation" in percent."""
     deviation = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{100 * statistics.mean(values):.2f}{deviation}"
@@ -95,9 +72,9 @@ def main() -> None:
             GROUPS[name][0],
             f"`experiments/{GROUPS[name][1]}`",
             len(folders),
-            spread(column(folders, "metrics_val_best_weights.json")),
-            spread(column(folders, "metrics_test_best_weights.json")),
-            spread(column(folders, "metrics_test_last_weights.json")),
+            percent(column(folders, "metrics_val_best_weights.json")),
+            percent(column(folders, "metrics_test_best_weights.json")),
+            percent(column(folders, "metrics_test_last_weights.json")),
             f"{column(folders, 'metrics_test_best_weights.json', 'ece')[0]:.3f}",
         ]
         for name, folders in groups.items()
@@ -106,12 +83,11 @@ def main() -> None:
     alone, taught = (column(groups[name], "metrics_test_best_weights.json") for name in ("cnn", "cnn_kd"))
     gains = [100 * (b - a) for a, b in zip(alone, taught, strict=True)]
     by_seed = ", ".join(f"{gain:+.2f}" for gain in gains)
-    here = provenance()
-    versions = ", ".join(f"{name} {here['packages'][name]}" for name in PACKAGES[:2])
     images = "JPEG" if dataset_options(args).get("name") == "image_folder" else "original"
     run = read_json(groups["cnn"][0] / "run.json")["attempts"][-1]
     images_tested = read_json(groups["cnn"][0] / "metrics_test_best_weights.json")["images"]
     epochs = read_json(groups["cnn"][0] / "params.json")["num_epochs"]
+    machine = run["device"], f"precision {run['precision']},\n{run['threads']} thread(s) per run"
     text = f"""# Distillation on CIFAR-10 ({images} images)
 
 Accuracy in percent, mean ± sample standard deviation over seeds {", ".join(map(str, args.seeds))}; {epochs} epochs.
@@ -123,11 +99,9 @@ The taught CNN against the CNN alone, test accuracy at the best epoch, seed by s
 on average {statistics.mean(gains):+.2f} points.
 
 Command: `python benchmarks/kd_cifar10.py --data_dir <folder> --jobs {args.jobs}`.
-{time.strftime("%Y-%m-%d")}, {here["processor"]}, {run["device"]}, precision {run["precision"]},
-{run["threads"]} thread(s) per run, Python {here["python"]}, {versions}.
+{stamp(*machine)}.
 """
-    write_file(ROOT / "benchmarks" / "results" / "kd_cifar10.md", text.encode())
-    print(text)
+    write_result("kd_cifar10", text)
 
 
 if __name__ == "__main__":

@@ -16,19 +16,15 @@ import argparse
 import os
 import re
 import shutil
-import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from common import ROOT, add_data_options, create_parser, run_script, stamp, write_result
 
-from process import PACKAGES, provenance  # noqa: E402
-from utils import OK, read_json, set_option, write_file, write_json  # noqa: E402
+from utils import OK, read_json, set_option, write_json
 
 PRETRAIN = ("airplane", "automobile", "bird", "cat", "deer", "dog")
 TARGET = ("frog", "horse", "ship", "truck")
@@ -121,10 +117,8 @@ GROUPS = {
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", type=Path, required=True)
-    parser.add_argument("--cache_dir", type=Path, help="for decoded images; by default inside the image folder")
-    parser.add_argument("--work_dir", type=Path, default=ROOT / "benchmarks" / "runs" / "seeds")
+    parser = create_parser(__doc__)
+    add_data_options(parser, "seeds")
     parser.add_argument("--seeds", nargs="+", choices=GROUPS, default=list(GROUPS), help="which of the seeds")
     parser.add_argument("--jobs", type=int, default=1)
     return parser.parse_args()
@@ -171,12 +165,6 @@ def write_run(name: str, scaled: Scaled, args: argparse.Namespace) -> Path:
     return folder
 
 
-def run_script(script: str, *arguments: object) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    subprocess.run(command, check=True, env=environment)
-
-
 def train(folder: Path) -> None:
     run_script("train.py", "--model_dir", folder, "--quiet")
     if not (folder / "metrics_test_best_weights.json").exists():
@@ -196,14 +184,13 @@ def table(name: str, args: argparse.Namespace) -> str:
 
 def main() -> int:
     args = parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     args.data_dir, args.work_dir = args.data_dir.absolute(), args.work_dir.absolute()
     for name in args.seeds:
         for wave in GROUPS[name].waves:
             folders = [write_run(name, scaled, args) for scaled in wave]
             with ThreadPoolExecutor(args.jobs) as pool:
                 list(pool.map(train, folders))
-    here = provenance()
-    versions = ", ".join(f"{package} {here['packages'][package]}" for package in PACKAGES[:2])
     parts = [
         "# The five seeds, scaled down",
         "Fewer epochs, a part of the images (as JPEG), one seed: these runs show that each chain works. Differences\n"
@@ -215,12 +202,10 @@ def main() -> int:
             parts += [f"## {group.title}", table(name, args)]
     parts.append(
         "Command: `python benchmarks/seeds.py --data_dir <folder>`; its top says what is changed of the committed\n"
-        f"experiments. {time.strftime('%Y-%m-%d')}, {here['processor']}, one thread per run, Python {here['python']}, "
-        f"{versions}."
+        f"experiments. {stamp('one thread per run')}."
     )
     text = "\n\n".join(parts) + "\n"
-    write_file(ROOT / "benchmarks" / "results" / "seeds.md", text.encode())
-    print(text)
+    write_result("seeds", text)
     return OK
 
 

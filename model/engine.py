@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model import parallel
+from model.devices import autocast
 from model.errors import DivergedError, InputError
 from model.losses.base import Loss
 from model.optim import Schedule
-from model.outputs import Batch, Outputs, Probe
+from model.outputs import Batch, Outputs, Probe, outputs_of
 from model.rng import derive_seed
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from model.teacher import FrozenTeacher
 
 
 class Loader(Sized, Protocol):
@@ -27,75 +28,17 @@ class Loader(Sized, Protocol):
     def epoch(self, epoch: int, start: int = 0) -> Iterable[Batch]: ...
 
 
-def choose_device(name: str) -> torch.device:
-    """Returns the device for `auto`, `cpu`, `cuda`, `cuda:1`, `mps`, ...
-
-    Raises:
-        InputError: The name is no device, or the device is not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("known are cpu, cuda and mps")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        why = str(error).splitlines()[0]
-        raise InputError(f"--device {name}: cannot be used: {why}; name another, such as cpu", "usage") from None
-    return device
-
-
-NetT = TypeVar("NetT", bound=nn.Module)
-
-
-def place(net: NetT, device: torch.device) -> NetT:
-    """Moves a net to where it runs, channels last: the layout that batches have, and the fastest for convolutions."""
-    return net.to(device).to(memory_format=torch.channels_last)
-
-
-def device_name(device: torch.device) -> str:
-    """Returns what to call a device in a record: the model of a GPU, else its type."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def choose_precision(name: str, device: torch.device) -> str:
-    """Returns `fp32`, `bf16` or `fp16`; `auto` is bf16 where the device computes in it, else fp32."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    # Not public, so it may go: then bf16 is to be asked for by name.
-    capable = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return "bf16" if device.type == "cpu" and capable() else "fp32"
-
-
-def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Returns the context in which nets run forward; losses stay outside of it, in float32."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=DTYPES[precision])
-
-
-def outputs_of(net: nn.Module, images: Tensor, needs: frozenset[str]) -> Outputs:
-    """Runs a net and returns what a loss needs of it, in float32."""
-    if needs <= {"logits"}:
-        return Outputs(net(images).float())
-    return net.forward_with_features(images).float()  # type: ignore[operator]
-
-
 def probe(net: nn.Module, name: str, shape: Sequence[int]) -> Probe:
-    """Shows a net one image of a shape `(C, H, W)` on the meta device; nothing is computed.
+    """Shows a net one image of a shape `(C, H, W)`, black, and tells the shapes of what it makes of it.
 
     Raises:
         InputError: The net does not take it; with the net's own reason.
     """
-    dummy = copy.deepcopy(net).to("meta").eval()
-    image = torch.empty(1, *shape, device="meta")
+    image = torch.zeros(1, *shape, device=next(net.parameters()).device)
     try:
-        with torch.no_grad():
-            tell = getattr(dummy, "forward_with_features", lambda images: Outputs(dummy(images)))
-            outputs = tell(image)
+        with torch.no_grad(), evaluating(net):
+            tell = getattr(net, "forward_with_features", lambda images: Outputs(net(images)))
+            outputs = tell(image).shapes()
     except (RuntimeError, ValueError, AssertionError) as error:
         size = "x".join(map(str, shape))
         why = str(error).partition("\n")[0]
@@ -114,6 +57,7 @@ class Learner:
         schedule: Of the optimizer's learning rate.
         precision: fp32, bf16 or fp16.
         frozen_norms: Batch norms of the student that stay in eval mode.
+        run: What runs the student in training, as `outputs_of(student, ...)` does, if not just that.
     """
 
     student: nn.Module
@@ -122,6 +66,7 @@ class Learner:
     schedule: Schedule
     precision: str = "fp32"
     frozen_norms: Sequence[nn.Module] = ()
+    run: Callable[[Tensor, frozenset[str]], Outputs] | None = None
     scaler: torch.amp.GradScaler = field(init=False)
 
     def __post_init__(self) -> None:
@@ -199,12 +144,37 @@ class Totals:
             raise DivergedError(f"training diverged: {', '.join(bad)} became not finite; {LOWER}")
         return means
 
+    def of_all(self) -> Totals:
+        """Returns the sums over the samples of all processes of the run; each of them must call this."""
+        if parallel.size() == 1:
+            return self
+        values = [torch.tensor(self.samples), *self.sums.values()]
+        samples, *sums = parallel.total(torch.stack([value.cpu().double() for value in values]))
+        everything = Totals(self.device)
+        everything.sums = dict(zip(self.sums, sums, strict=True))
+        everything.samples, everything.steps = int(samples), self.steps
+        return everything
+
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": dict(self.sums), "samples": self.samples, "steps": self.steps}
+        """Returns the sums of each process of the run, in order; each of them must call this."""
+        parts = parallel.gather(({name: value.cpu() for name, value in self.sums.items()}, self.samples))
+        sums = {name: torch.stack([part[name] for part, _ in parts]) for name in self.sums}
+        return {"sums": sums, "samples": torch.tensor([samples for _, samples in parts]), "steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
-        self.samples, self.steps = state["samples"], state["steps"]
+        """Takes this process's part of what `state_dict` returned; of another number of processes, the first takes all.
+
+        Added up in another order, sums would differ in the last bits from those of an uninterrupted run.
+        """
+
+        def own(values: Any) -> Tensor:
+            each = torch.as_tensor(values).reshape(-1)
+            if len(each) == parallel.size():
+                return each[parallel.rank()]
+            return each.sum() if parallel.rank() == 0 else torch.zeros_like(each[0])
+
+        self.sums = {name: own(values).to(self.device) for name, values in state["sums"].items()}
+        self.samples, self.steps = int(own(state["samples"])), state["steps"]
 
 
 def train_epoch(
@@ -213,7 +183,7 @@ def train_epoch(
     *,
     epoch: int,
     seed: int,
-    teacher: nn.Module | None = None,
+    teacher: FrozenTeacher | None = None,
     totals: Totals | None = None,
     after_step: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
@@ -239,28 +209,34 @@ def train_epoch(
     """
     student, loss, device = learner.student, learner.loss, learner.device
     totals = totals or Totals(device)
+    own = (parallel.rank(),) if parallel.size() > 1 else ()
     student.train()
     loss.train()
     for norm in learner.frozen_norms:
         norm.eval()
+    run = learner.run or functools.partial(outputs_of, student)
     by_batch = loss.teacher_statistics == "batch"
-    with batch_statistics(teacher) if teacher is not None and by_batch else contextlib.nullcontext():
+    with (
+        batch_statistics(teacher) if teacher is not None and by_batch else contextlib.nullcontext(),
+        lesson(teacher, loader, epoch, loss.needs) as ask,
+    ):
         for step, batch in enumerate(loader.epoch(epoch, totals.steps), start=totals.steps):
-            torch.manual_seed(derive_seed(seed, "step", epoch, step))
+            torch.manual_seed(derive_seed(seed, "step", epoch, step, *own))
             learner.schedule.set(epoch, step)
+            teacher_outputs = ask(batch)
             with autocast(learner.precision, device):
-                teacher_outputs = None if teacher is None else outputs_of(teacher, batch.images, loss.needs)
-                student_outputs = outputs_of(student, batch.images, loss.needs)
+                student_outputs = run(batch.images, loss.needs)
             terms = loss(student_outputs, teacher_outputs, batch)
             total = torch.stack(list(terms.values())).sum()
             learner.optimizer.zero_grad(set_to_none=True)
-            learner.scaler.scale(total).backward()
+            learner.scaler.scale(total * batch.share).backward()
+            parallel.sum_gradients(learner.optimizer)
             learner.scaler.step(learner.optimizer)
             learner.scaler.update()
             hits = correct(student_outputs.logits, batch.labels)
             totals.add(hits, {"loss": total, **terms}, len(batch.labels))
             after_step()
-    return totals.means()
+    return totals.of_all().means()
 
 
 @torch.no_grad()
@@ -270,7 +246,7 @@ def evaluate(
     *,
     precision: str = "fp32",
     loss: Loss | None = None,
-    teacher: nn.Module | None = None,
+    teacher: FrozenTeacher | None = None,
     after_batch: Callable[[Batch, Outputs, Outputs | None], None] = lambda batch, outputs, teacher_outputs: None,
 ) -> dict[str, float]:
     """Scores a net on a whole split, in eval mode; its mode is as before afterwards.
@@ -293,18 +269,25 @@ def evaluate(
     device = next(net.parameters()).device
     needs = loss.needs if loss else frozenset({"logits"})
     totals = Totals(device)
-    with evaluating(net, *([loss] if loss else [])):
+    with evaluating(net, *([loss] if loss else [])), lesson(teacher, loader, 0, needs) as ask:
         for batch in loader.epoch(0):
             with autocast(precision, device):
                 outputs = outputs_of(net, batch.images, needs)
-                teacher_outputs = None if teacher is None else outputs_of(teacher, batch.images, needs)
+            teacher_outputs = ask(batch)
             means = {"cross_entropy": F.cross_entropy(outputs.logits, batch.labels)}
             if loss is not None:
                 terms = loss(outputs, teacher_outputs, batch)
                 means |= {"loss": torch.stack(list(terms.values())).sum(), **terms}
             totals.add(correct(outputs.logits, batch.labels), means, len(batch.labels))
             after_batch(batch, outputs, teacher_outputs)
-    return totals.means()
+    return totals.of_all().means()
+
+
+def lesson(
+    teacher: FrozenTeacher | None, loader: Loader, epoch: int, needs: frozenset[str]
+) -> contextlib.AbstractContextManager[Callable[[Batch], Outputs | None]]:
+    """Returns the context in which a teacher, if there is one, answers for the batches of an epoch."""
+    return contextlib.nullcontext(lambda batch: None) if teacher is None else teacher.lesson(loader, epoch, needs)
 
 
 def correct(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ DATA_DIR = "data-cifar10"
 TEACHER_MEAN = (0.4914, 0.4822, 0.4465)
 TEACHER_STD = dict.fromkeys(("wrn", "densenet", "resnext29", "preresnet110"), (0.2023, 0.1994, 0.2010))
 # What of ours may stand beside the flat keys; a teacher's section takes the place of its name.
-OURS = ("dataset", "student", "loss", "optimizer", "schedule", "seed", "precision", "checkpoint_minutes")
+OURS = ("dataset", "student", "loss", "optimizer", "schedule", "seed", "precision", "compile", "checkpoint_minutes")
 # Options of ours that flat keys set: where both are given, neither is obviously meant.
 PLACES = {
     "student.name": "model_version",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 
@@ -32,6 +33,19 @@ class Outputs:
             None if self.embedding is None else self.embedding.float(),
         )
 
+    def shapes(self) -> Outputs:
+        """Returns the same outputs on the meta device: shapes without values."""
+
+        def bare(values: Tensor) -> Tensor:
+            return torch.empty(values.shape, device="meta")
+
+        return Outputs(
+            bare(self.logits),
+            tuple(map(bare, self.features)),
+            tuple(map(bare, self.preacts)),
+            None if self.embedding is None else bare(self.embedding),
+        )
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -55,13 +69,28 @@ class Batch:
     Attributes:
         images: `(N, C, H, W)` float32, augmented and normalised.
         labels: `(N,)` int64.
-        indices: `(N,)` int64, the samples' positions in the dataset's own training (or test) list, whatever
-            part of it was drawn.
-        views: `(N,)` int64, which of the augmentation's views each image shows; 0 is the plain image, -1 a view out of
-            too many to be numbered.
+        indices: `(N,)` int64 on the CPU, so that nothing waits for the device when something is looked up by them: the
+            samples' positions in the dataset's own training (or test) list, whatever part of it was drawn.
+        views: `(N,)` int64 on the CPU, which of the augmentation's views each image shows; 0 is the plain image, -1 a
+            view out of too many to be numbered.
+        share: What part of the step's samples these are, if other processes have the rest.
     """
 
     images: Tensor
     labels: Tensor
     indices: Tensor
     views: Tensor
+    share: float = 1.0
+
+    def part(self, rows: Tensor) -> Batch:
+        """Returns the samples at `rows`, `(n,)` int64 on the CPU, with images channels last as they were."""
+        placed = rows.to(self.images.device, non_blocking=True)
+        images = self.images[placed].contiguous(memory_format=torch.channels_last)
+        return Batch(images, self.labels[placed], self.indices[rows], self.views[rows])
+
+
+def outputs_of(net: nn.Module, images: Tensor, needs: frozenset[str]) -> Outputs:
+    """Runs a net and returns what a loss needs of it, in float32."""
+    if needs <= {"logits"}:
+        return Outputs(net(images).float())
+    return net.forward_with_features(images).float()  # type: ignore[operator]

@@ -41,6 +41,7 @@ def run_options(
     num_epochs: Annotated[int, Field(ge=0, le=1_000_000)],
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 230,
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    compile: Literal["auto", "on", "off"] = "auto",
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 10.0,
 ) -> None:
     """Options at the top level of params.json.
@@ -50,6 +51,9 @@ def run_options(
         seed: Decides initial weights, order, augmentation and dropout.
         precision: What the nets compute in; `auto` is bf16 where the device has it in hardware, else fp32. Losses
             are always float32.
+        compile: `on`: torch.compile makes the student's forward and backward out of fewer kernels; where it cannot, the
+            log says so and training goes on without. `auto` is `off`: on a CPU it takes half a minute at each start,
+            and on a GPU nobody has measured it here.
         checkpoint_minutes: A long epoch is also saved on the way, this often.
     """
 
@@ -60,6 +64,11 @@ def teacher_options(
     restore_file: Literal["best", "last"] = "best",
     mean: list[float] | None = None,
     std: list[Annotated[float, Field(gt=0)]] | None = None,
+    cache: Literal["off", "lazy", "full"] = "off",
+    cache_dtype: Literal["fp16", "fp32"] = "fp16",
+    top_k: Annotated[int, Field(ge=1)] | None = None,
+    max_gb: Annotated[float, Field(gt=0)] = 10.0,
+    cache_dir: Annotated[str, Field(min_length=1)] | None = None,
 ) -> None:
     """The teacher: another experiment directory. A plain text stands for its `model_dir`.
 
@@ -68,6 +77,13 @@ def teacher_options(
         restore_file: Which of its checkpoints: `best` on its validation split, or `last`.
         mean: What the teacher's images were normalised with, per channel; null: what its checkpoint says.
         std: The same for the standard deviation.
+        cache: Keep the teacher's answers in files, for every run under it: `lazy`, as they are computed; `full`, all of
+            them before training; `off`: ask it in every step. For losses that need logits or embeddings only.
+        cache_dtype: What they are kept in. With fp32, a run from the store equals one without it to the bit if its
+            batches were computed together.
+        top_k: Keep the k largest logits and the mass of the others, as if these were equal; null: all.
+        max_gb: What the stores of this teacher may take. Where it does not fit, `lazy` does without, `full` ends.
+        cache_dir: Where the stores are; null: `store` in the teacher's directory.
     """
 
 
@@ -103,7 +119,7 @@ def resolve(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
             continue
         values[key], found = registry.resolve(section)
         problems += [(f"{key}.{path}".rstrip("."), text) for path, text in found]
-    values["teacher"], found = _resolve_teacher(raw.get("teacher"))
+    values["teacher"], found = resolve_teacher(raw.get("teacher"))
     problems += [(f"teacher.{path}".rstrip("."), text) for path, text in found]
     if not problems:
         problems += _contradictions(values)
@@ -121,7 +137,7 @@ def _place(key: str) -> str:
     return ""
 
 
-def _resolve_teacher(section: Any) -> tuple[dict[str, Any] | None, list[Problem]]:
+def resolve_teacher(section: Any) -> tuple[dict[str, Any] | None, list[Problem]]:
     if section is None:
         return None, []
     if isinstance(section, str):
@@ -141,6 +157,9 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[Problem]:
     if loss.needs_teacher and values["teacher"] is None:
         text = f'loss {values["loss"]["name"]!r} needs a teacher; add "teacher": "experiments/<its directory>"'
         yield "teacher", text
+    if loss.needs_teacher and (values["teacher"] or {}).get("cache", "off") != "off" and not loss.can_be_stored:
+        text = f'loss {values["loss"]["name"]!r} needs more of the teacher than can be kept in files; set it to "off"'
+        yield "teacher.cache", text
     for key in ("init", "init_from"):
         if values["student"].get("pretrained") and values["student"][key] not in ("default", None):
             yield f"student.{key}", "would overwrite the pretrained weights; remove one of the two"

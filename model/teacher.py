@@ -1,17 +1,28 @@
-"""The frozen teacher."""
+"""The frozen teacher: it answers, from what it has answered before where that is kept, and never learns."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import copy
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from model import nets
+from model.devices import autocast
 from model.errors import InputError
+from model.folding import cast_weights, fold_batch_norms
 from model.legacy import net_record
-from model.outputs import Outputs
+from model.outputs import Batch, Outputs, outputs_of
+from model.teacher_store import StoreFullError, TeacherStore
+
+PENDING = 32  # batches whose answers wait to be written, so that a device is asked for them seldom
 
 
 class FrozenTeacher(nn.Module):
@@ -24,6 +35,14 @@ class FrozenTeacher(nn.Module):
         mean, std: The constants that the images given to `forward` are normalised with, per channel.
         net_mean, net_std: The constants that `net` was trained with.
         name: What net it is, for messages.
+        fingerprint: What tells it from any other teacher: see `fingerprint_of`.
+        accuracy: On validation, in its own run, if that is known.
+
+    Attributes:
+        precision: What it computes in.
+        num_folded: How many of its batch norms are part of the convolutions before them.
+        stores: Lists of samples, and where its answers for them are kept.
+        num_computed: For how many images it was asked and the net had to run.
     """
 
     scale: Tensor
@@ -37,11 +56,20 @@ class FrozenTeacher(nn.Module):
         net_mean: Sequence[float] = (),
         net_std: Sequence[float] = (),
         name: str = "",
+        fingerprint: str = "",
+        accuracy: float | None = None,
     ) -> None:
         super().__init__()
         self.net = net.requires_grad_(False)
         self.name = name
-        self.same_input = list(mean) == list(net_mean) and list(std) == list(net_std)
+        self.fingerprint = fingerprint
+        self.accuracy = accuracy
+        self.precision = "fp32"
+        self.num_folded = 0
+        self.stores: list[tuple[Any, TeacherStore]] = []
+        self.num_computed = 0
+        self.input = {"mean": list(mean), "std": list(std), "net_mean": list(net_mean), "net_std": list(net_std)}
+        self.same_input = self.input["mean"] == self.input["net_mean"] and self.input["std"] == self.input["net_std"]
         if not self.same_input:
             a, b, c, d = (torch.tensor(v).view(1, -1, 1, 1) for v in (mean, std, net_mean, net_std))
             self.register_buffer("scale", b / d, persistent=False)
@@ -54,37 +82,136 @@ class FrozenTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        return self.net(self._own_view(images))
+        with autocast(self.precision, images.device):
+            return self.net(self._own_view(images))
 
     @torch.no_grad()
     def forward_with_features(self, images: Tensor) -> Outputs:
-        return self.net.forward_with_features(self._own_view(images))  # type: ignore[operator]
+        with autocast(self.precision, images.device):
+            return self.net.forward_with_features(self._own_view(images))  # type: ignore[operator]
 
     def _own_view(self, images: Tensor) -> Tensor:
         return images if self.same_input else images * self.scale + self.shift
 
+    def fast(self, precision: str, needs: frozenset[str], shape: Sequence[int]) -> FrozenTeacher:
+        """Returns a copy that answers the same but for rounding, and faster.
 
-def create_teacher(
-    state: Mapping[str, Any],
-    where: str,
-    student: Mapping[str, Any],
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> FrozenTeacher:
+        Args:
+            precision: What it computes in.
+            needs: What it will be asked for.
+            shape: `(C, H, W)` of the images.
+        """
+        quick = copy.copy(self)
+        quick._modules = {}
+        folded, quick.num_folded = fold_batch_norms(self.net, needs, shape)
+        quick.net = cast_weights(folded, precision).to(memory_format=torch.channels_last)
+        quick.precision = precision
+        quick.stores = []
+        return quick
+
+    @contextlib.contextmanager
+    def lesson(self, loader: Any, epoch: int, needs: frozenset[str]) -> Iterator[Callable[[Batch], Outputs]]:
+        """Yields what answers for the batches of an epoch of a loader: from its store, if there is one.
+
+        Args:
+            loader: Whose batches will be shown.
+            epoch: From 0.
+            needs: Which fields of `Outputs` are asked for.
+        """
+        store = self.store_of(loader)
+        if store is None:
+            yield partial(self.compute, needs)
+            return
+        recall = _Recall(store, partial(self.compute, needs), loader.seed, epoch, needs | {"logits"})
+        try:
+            yield recall
+        finally:
+            recall.write()
+
+    def store_of(self, loader: Any) -> TeacherStore | None:
+        """Returns where the answers for a loader's list of samples are kept, if they are."""
+        return next((store for split, store in self.stores if split is loader.split), None)
+
+    def compute(self, needs: frozenset[str], batch: Batch) -> Outputs:
+        """Returns what the net makes of a batch; no store is asked."""
+        self.num_computed += len(batch.labels)
+        return outputs_of(self, batch.images, needs)
+
+
+class _Recall:
+    """Answers from a store; what that lacks is computed, in one forward a batch, and kept.
+
+    Args:
+        store: Shared with whoever else trains under this teacher.
+        compute: Returns the teacher's outputs for a batch.
+        seed, epoch: What views without a number are drawn for.
+        fields: The outputs that are asked for.
+    """
+
+    def __init__(
+        self, store: TeacherStore, compute: Callable[[Batch], Outputs], seed: int, epoch: int, fields: frozenset[str]
+    ) -> None:
+        self.store = store
+        self.compute = compute
+        self.key = seed, epoch
+        self.fields = sorted(fields)
+        self.pending: list[tuple[dict[str, Tensor], Tensor, Tensor]] = []
+
+    def __call__(self, batch: Batch) -> Outputs:
+        device = batch.images.device
+        values, valid = self.store.read(batch.indices, batch.views, *self.key)
+        answers = {field: values[field].to(device, non_blocking=True) for field in self.fields}
+        if not valid.all():
+            rows = (~valid).nonzero().flatten()
+            part = batch.part(rows) if len(rows) < len(valid) else batch
+            outputs = self.compute(part)
+            # Through the type of the store: what is computed today equals what is read tomorrow.
+            computed = {field: self.store.stored(field, getattr(outputs, field)) for field in self.fields}
+            places = rows.to(device, non_blocking=True)
+            answers = {field: answers[field].index_copy(0, places, computed[field]) for field in self.fields}
+            self.pending.append((computed, part.indices, part.views))
+            if len(self.pending) == PENDING:
+                self.write()
+        return Outputs(answers["logits"], embedding=answers.get("embedding"))
+
+    def write(self) -> None:
+        """Writes what was computed; without room for it training goes on, and computes it again another time."""
+        if not self.pending:
+            return
+        outputs, samples, views = zip(*self.pending, strict=True)
+        self.pending = []
+        together = {field: torch.cat([each[field] for each in outputs]).cpu() for field in self.fields}
+        try:
+            self.store.write(together, torch.cat(samples), torch.cat(views), *self.key)
+        except StoreFullError as error:
+            warnings.warn(f"{error}; training goes on without keeping the teacher's answers", stacklevel=1)
+
+
+def fingerprint_of(net: nn.Module, section: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of a net's options, weights and buffers."""
+    digest = hashlib.sha256(json.dumps(section, sort_keys=True).encode())
+    for name, value in net.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def create_teacher(state: Mapping[str, Any], section: Mapping[str, Any], student: Mapping[str, Any]) -> FrozenTeacher:
     """Returns the frozen net of a teacher's checkpoint, fitted to the student's data.
 
     Args:
         state: The teacher's checkpoint. One of the ancestor's does not say what net it is (`net` is None): then its
             directory's `params` do.
-        where: Its file, for messages.
+        section: The resolved `teacher` section.
         student: The student's `net` record, as its checkpoint will hold it: classes, image shape, normalisation.
-        mean, std: What the teacher's images were normalised with, if not with what its checkpoint says.
 
     Raises:
         InputError: The teacher was trained for other classes, another order of them, or other image sizes.
     """
+    where = f"teacher {section['model_dir']}"
     teacher = {**(state["net"] or net_record(state["params"], student))}
-    for key, given in (("mean", mean), ("std", std)):
+    for key in ("mean", "std"):
+        given = section[key]
         if given is not None and len(given) != student["shape"][0]:
             raise InputError(
                 f"teacher.{key}: {len(given)} values for images of {student['shape'][0]} channels", "teacher"
@@ -110,6 +237,6 @@ def create_teacher(
             "teacher",
         )
     net = nets.restore({**state, "net": teacher}, where)
-    return FrozenTeacher(
-        net, student["mean"], student["std"], teacher["mean"], teacher["std"], teacher["section"]["name"]
-    )
+    name, constants = teacher["section"]["name"], (student["mean"], student["std"], teacher["mean"], teacher["std"])
+    accuracy = state.get("metrics", {}).get("accuracy")
+    return FrozenTeacher(net, *constants, name, fingerprint_of(net, teacher["section"]), accuracy)

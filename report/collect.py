@@ -89,23 +89,26 @@ def read_row(folder: Path, files: list[str]) -> Row:
     state, options, written, metrics = "pending", dict[str, Any](), list[str](), dict[str, float]()
     try:
         written, options = read_options(raw, run)
-        state = read_status(folder) if run else "pending"
+        state = str(run.get("status", "pending"))
+        if state == "running":  # or stale, which the lock tells
+            state = read_status(folder)
         if state not in STATES:
             faults.append(f"run.json: unknown status {state!r}")
     except (AttributeError, TypeError, RecursionError):
         faults.append("run.json: not of the shape that train.py writes")
     except (RunError, OSError) as error:  # an override that never fitted; or the file has gone since
         faults.append(f"run.json: {error}")
+    status = describe(state, run)
     for source in SOURCES:
         name = f"metrics_{source}_weights.json"
-        for key, value in read(name).items():
+        content = read(name)
+        for key, value in content.items():
             if is_number(value):
                 metrics[f"{source}.{key}"] = value
             elif key in NUMBERS and value is not None:
                 faults.append(f"{name}: {key} is not a number")
-    status = describe(state, run)
-    if read("metrics_val_best_weights.json").get("selected_on") == "test":
-        status += "; SELECTED ON THE TEST SPLIT"
+        if source == "val_best" and content.get("selected_on") == "test":
+            status += "; SELECTED ON THE TEST SPLIT"
     for which in ("best", "last"):
         tested, validated = metrics.get(f"test_{which}.epoch"), metrics.get(f"val_{which}.epoch")
         if tested is not None and tested != validated:  # trained on since: these are other weights' scores

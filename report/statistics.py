@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from report.collect import Row
@@ -20,11 +21,11 @@ class Group:
     rows: list[Row]  # by seed
     planned: int  # seeds, those included whose runs are not completed or have no val accuracy
 
-    @property
+    @cached_property
     def mean(self) -> float:
         return statistics.mean(_accuracies(self.rows, VAL))
 
-    @property
+    @cached_property
     def deviation(self) -> float:
         return statistics.stdev(_accuracies(self.rows, VAL))
 
@@ -40,21 +41,25 @@ def find_groups(rows: Sequence[Row]) -> list[Group]:
         if "seed" not in row.options:  # which it was is not known
             continue
         if row.state == "completed" and _accuracies([row], VAL):
-            scored.setdefault(_options(row, row.options), {}).setdefault(row.options["seed"], row)
+            scored.setdefault(_but_seed(row.options), {}).setdefault(row.options["seed"], row)
         else:  # before a run the defaults are not known: such rows belong together by what was chosen
-            others.setdefault(_options(row, row.written), set()).add(row.options["seed"])
+            others.setdefault(_but_seed(_chosen(row)), set()).add(row.options["seed"])
     groups = []
     for by_seed in scored.values():
         if len(by_seed) > 1:
             seeds = sorted(by_seed, key=lambda seed: (isinstance(seed, str), seed))
-            chosen = {_options(row, row.written) for row in by_seed.values()}
+            chosen = {_but_seed(_chosen(row)) for row in by_seed.values()}
             planned = set(by_seed).union(*(others.get(options, set()) for options in chosen))
             groups.append(Group([by_seed[seed] for seed in seeds], len(planned)))
     return sorted(groups, key=lambda group: -group.mean)
 
 
-def _options(row: Row, keys: Iterable[str]) -> frozenset[Any]:
-    return frozenset((key, row.options[key]) for key in keys if key in row.options and key != "seed")
+def _chosen(row: Row) -> dict[str, Any]:
+    return {key: row.options[key] for key in row.written if key in row.options}
+
+
+def _but_seed(options: Mapping[str, Any]) -> frozenset[Any]:
+    return frozenset(options.items() - {("seed", options.get("seed"))})
 
 
 def _accuracies(rows: Sequence[Row], metric: Metric) -> list[float]:

@@ -49,7 +49,7 @@ def differing_options(rows: Sequence[Row]) -> dict[str, str]:
     """Returns the chosen options that are not the same in all rows: dotted key -> header, as short as is unique."""
     known = [row.options for row in rows if row.options]  # a params.json that cannot be read differs in nothing
     chosen = {key for row in rows for key in row.written}
-    keys = [key for key in sorted(chosen) if any(options.get(key) != known[0].get(key) for options in known)]
+    keys = [key for key in sorted(chosen) if len({options.get(key) for options in known}) > 1]
     uses = Counter(map(_short, keys)) + Counter([*DIGITS, "experiment", "status"])
     return {key: short if uses[short := _short(key)] == 1 else key for key in keys}
 
@@ -101,7 +101,7 @@ def _cell(value: Any, header: str) -> str:
 
 def one_line(text: str) -> str:
     """Returns text that moves no cursor, ends no line and can be encoded: a directory's name may hold anything."""
-    return "".join(char if char.isprintable() else " " for char in text)
+    return text if text.isprintable() else "".join(char if char.isprintable() else " " for char in text)
 
 
 def to_csv(frame: pd.DataFrame) -> str:

@@ -87,9 +87,9 @@ def test_a_student_is_distilled_from_another_directory(script: Script, make_expe
     assert ended.status == 0, ended
     assert snapshot(teacher) == frozen
     assert "loss: CE x 0.1 + KL x 0.9 x 16" in ended.out
-    assert f"teacher {teacher}: tiny, val accuracy" in ended.out
-    here, own = ended.out.split("val accuracy ")[1].split(" in its own run")[0].split(" here, ")
-    assert here == own  # the same net on the same validation images
+    own = load_checkpoint(teacher / "best.pth.tar")[0]["metrics"]["accuracy"]
+    assert f"teacher {teacher}: tiny, val accuracy {own:.4f} in its own run" in ended.out
+    assert f"val accuracy {own:.4f} here, {own:.4f} as it was trained" in ended.out  # on the same validation images
     for record in read_journal(student):
         for split in ("train", "val"):
             assert record[split]["loss"] == pytest.approx(record[split]["ce"] + record[split]["kd"])
@@ -860,3 +860,21 @@ def test_a_flat_teacher_and_its_flat_student_train_as_the_ancestor_did(script: S
     assert json.loads((student / "metrics_val_best_weights.json").read_text())["selected_on"] == "test"
     assert read_journal(student)[0]["train"]["kd"] > 0
     assert script(evaluate, "--model_dir", student).status == 0
+
+
+@pytest.mark.filterwarnings("default")
+def test_where_nothing_can_be_compiled_training_goes_on_and_the_log_says_so(
+    script: Script, make_experiment: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_compiler(*_: object) -> None:
+        raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("no C++ compiler"), None)
+
+    plain, other = make_experiment("plain"), make_experiment("other", compile="on")
+    script(train, "--model_dir", plain)
+    monkeypatch.setattr(torch, "compile", lambda _: no_compiler)
+    assert script(train, "--model_dir", other).status == 0
+    assert states_equal(plain / "last.pth.tar", other / "last.pth.tar")
+    log = (other / "train.log").read_text()
+    assert "compile on" in log
+    assert "torch.compile gave up: " in log
+    assert "no C++ compiler" in log

@@ -62,12 +62,12 @@ class Split:
         """Adds the samples at `indices`, every pixel of them, to a digest."""
         digest.update(repr((len(indices), self.shape)).encode())
         for some in indices.split(4096):  # a part at a time: no second copy of a large dataset
-            digest.update(self.images[some].contiguous().numpy().data)
-            digest.update(self.labels[some].numpy().data)
+            digest.update(self.images[some].cpu().contiguous().numpy().data)
+            digest.update(self.labels[some].cpu().numpy().data)
 
     def to(self, device: torch.device) -> Split:
         """Returns the split on `device`: itself, without a copy, where it is there already."""
-        return Split(self.images.to(device), self.labels.to(device))
+        return self if self.images.device == device else Split(self.images.to(device), self.labels.to(device))
 
     def select(self, positions: Tensor) -> Split:
         """Returns a copy of the samples at `positions`, in that order."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model.data.images import AnySplit, Split
 from model.data.views import PLAIN, Augmentation, apply_views, draw_views
+from model.errors import InputError
 from model.outputs import Batch
 from model.rng import derive_seed
 
@@ -58,6 +59,7 @@ class Loader(ABC):
         self.shuffle = shuffle
         self.seed = seed
         self.device = device
+        self._part, self._parts = 0, 1
         self._labels = split.labels.to(device)
         # (x / 255 - mean) / std, with the division by 255 moved into the constants
         self._offset = 255 * torch.tensor(mean, device=device).view(1, -1, 1, 1)
@@ -68,6 +70,17 @@ class Loader(ABC):
         same = copy.copy(self)
         same.augmentation, same.shuffle = PLAIN, False
         return same
+
+    def share(self, part: int, parts: int) -> None:
+        """Leaves this process one of so many parts of every batch of an epoch; order and batches are those of all.
+
+        Raises:
+            InputError: Some step would have less than two samples for a process.
+        """
+        if min(self.batch_size, self.num_samples) < 2 * parts:
+            line = f"steps of at most {min(self.batch_size, self.num_samples)} samples for {parts} processes"
+            raise InputError(f"{line}: each needs two; start fewer, or raise dataset.batch_size", "data")
+        self._part, self._parts = part, parts
 
     @property
     def num_samples(self) -> int:
@@ -85,38 +98,62 @@ class Loader(ABC):
 
     def __len__(self) -> int:
         """Returns the steps per epoch."""
-        steps, rest = divmod(self.num_samples, self.batch_size)
-        # Batch norm cannot train on a single sample, so a last batch of one is joined to the batch before it.
-        return steps + (rest > 1 or (rest == 1 and steps == 0))
+        return self._steps(self.num_samples, self._parts)
+
+    def _steps(self, samples: int, parts: int = 1) -> int:
+        steps, rest = divmod(samples, self.batch_size)
+        # Batch norm cannot train on a single sample: a last batch without two for each is joined to the one before it.
+        return steps + (rest >= 2 * parts or (rest > 0 and steps == 0))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yields the batches of an epoch from step `start` on; the steps before it cost nothing."""
+        yield from self._show(*self.draw(epoch), epoch, start, self._part, self._parts)
+
+    def draw(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """Returns the samples of an epoch in its order, and their views: each `(n,)` int64 on the CPU."""
         indices = self.indices
         if self.shuffle:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
             indices = indices[torch.randperm(len(indices), generator=generator)]
         if self.num_views is None:
-            views = torch.full_like(indices, -1)
-        else:
-            views = draw_views(self.seed, epoch, indices, self.num_views)
-        ends = [step * self.batch_size for step in range(len(self))] + [len(indices)]
-        parts = [slice(first, last) for first, last in itertools.pairwise(ends)][start:]
-        if not parts:
+            return indices, torch.full_like(indices, -1)
+        return indices, draw_views(self.seed, epoch, indices, self.num_views)
+
+    def show(self, indices: Tensor, views: Tensor, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """Yields samples under views, as many at a time as an epoch would.
+
+        Args:
+            indices: `(n,)` int64 on the CPU, positions in the list of samples.
+            views: `(n,)` int64 on the CPU: of each sample, as in `Batch`.
+            epoch: What views without a number are drawn for.
+            start: The first batch to yield; those before it cost nothing.
+        """
+        yield from self._show(indices, views, epoch, start)
+
+    def _show(
+        self, indices: Tensor, views: Tensor, epoch: int, start: int, part: int = 0, parts: int = 1
+    ) -> Iterator[Batch]:
+        ends = [step * self.batch_size for step in range(self._steps(len(indices), parts))] + [len(indices)]
+        batches = list(itertools.pairwise(ends))[start:]
+        if not batches:
             return
-        shown = self._images(epoch, indices, parts)
-        # Moved once per epoch: from here on the host only slices.
-        indices, views = indices.to(self.device), views.to(self.device)
-        for part, images in zip(parts, shown, strict=True):
-            yield self._batch(images, indices[part], views[part])
+        bounds = [[first + (last - first) * k // parts for k in (part, part + 1)] for first, last in batches]
+        slices = [slice(*each) for each in bounds]
+        shown = self._images(epoch, indices, slices)
+        # Moved once: from here on the host only slices.
+        labels, placed = self._labels[indices.to(self.device)], views.to(self.device)
+        for (first, last), own, images in zip(batches, slices, shown, strict=True):
+            share = (own.stop - own.start) / (last - first)
+            yield Batch(self._normalised(images, placed[own]), labels[own], indices[own], views[own], share)
 
     @abstractmethod
     def _images(self, epoch: int, indices: Tensor, parts: Sequence[slice]) -> Iterator[Tensor]:
         """Yields, for each part of `indices`, the images there, `(N, C, H, W)` uint8 on the device, without views."""
 
-    def _batch(self, images: Tensor, indices: Tensor, views: Tensor) -> Batch:
+    def _normalised(self, images: Tensor, views: Tensor) -> Tensor:
         images = apply_views(images, views, self.augmentation)
         images = images.to(torch.float32, memory_format=torch.channels_last)
-        return Batch(images.sub_(self._offset).div_(self._scale), self._labels[indices], indices, views)
+        return images.sub_(self._offset).div_(self._scale)
 
 
 class BatchLoader(Loader):

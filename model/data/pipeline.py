@@ -32,6 +32,7 @@ class Data:
         shape: `(C, H, W)` of an image.
         mean: Per channel, on a [0, 1] scale.
         std: Per channel, on the same scale.
+        augmentation: The transforms of training images, in their order.
         selected_on: What `val` is: `val`, or `test` where epochs are selected on the test split.
         fingerprint: SHA-256 over what is trained on, validated on, and the class names.
         summary: One line about all this.
@@ -45,9 +46,17 @@ class Data:
     shape: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    augmentation: list[dict[str, Any]]
     selected_on: str
     fingerprint: str
     summary: str
+
+    def share(self, part: int, parts: int) -> None:
+        """Leaves this process one of so many parts of every batch, as `Loader.share`; those of `val` grow with them."""
+        if parts > 1:
+            self.train.share(part, parts)
+            self.val.batch_size = max(2, self.val.batch_size) * parts  # a matter of memory, of which each has its own
+            self.val.share(part, parts)
 
     def facts(self) -> dict[str, Any]:
         """Returns what a checkpoint must say of the data for its net to be used again, as plain types."""
@@ -142,6 +151,7 @@ def prepare(
         shape=images.train.shape,
         mean=mean_used,
         std=std_used,
+        augmentation=sections,
         selected_on=validate_on,
         fingerprint=_fingerprint(images.classes, *used),
         summary=(

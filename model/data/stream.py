@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from model import parallel
 from model.data.augmentations import Transforms
 from model.data.images import AnySplit, FileSplit
 from model.data.loader import Loader
@@ -54,7 +55,8 @@ class StreamLoader(Loader):
     ) -> None:
         super().__init__(split, **options)
         if num_workers is None:
-            num_workers = min(available_cores(), MAX_WORKERS) if isinstance(split, FileSplit) else 0
+            cores = max(1, available_cores() // parallel.size())
+            num_workers = min(cores, MAX_WORKERS) if isinstance(split, FileSplit) else 0
         self.transforms = transforms
         self.num_workers = min(num_workers, len(self))
         self._open()

@@ -29,6 +29,11 @@ class Loss(nn.Module):
     def __init__(self) -> None:  # nn.Module's own takes **kwargs: a loss without options would be refused
         super().__init__()
 
+    @property
+    def can_be_stored(self) -> bool:
+        """Whether what it reads of the teacher is small, and the same whatever else is in the batch."""
+        return self.needs <= {"logits", "embedding"} and self.teacher_statistics == "running"
+
     def attach(self, student: Probe, teacher: Probe | None) -> None:
         """Makes what depends on the nets, such as adapters between their maps; called once, before anything else.
 

@@ -16,17 +16,8 @@ from torch.nn import functional as F
 
 from model import data, engine
 from model.data import DATASETS
-from model.engine import (
-    Learner,
-    Totals,
-    choose_device,
-    choose_precision,
-    device_name,
-    evaluate,
-    outputs_of,
-    place,
-    train_epoch,
-)
+from model.devices import place
+from model.engine import Learner, Totals, evaluate, train_epoch
 from model.errors import DivergedError, InputError
 from model.losses import LOSSES
 from model.losses.base import Loss
@@ -34,7 +25,7 @@ from model.losses.kd import KDLoss
 from model.metrics import agreement
 from model.nets import NETS
 from model.optim import OPTIMIZERS, SCHEDULES, create_optimizer, create_schedule
-from model.outputs import Batch, Outputs
+from model.outputs import Batch, Outputs, outputs_of
 from model.teacher import FrozenTeacher
 
 CPU = torch.device("cpu")
@@ -654,16 +645,15 @@ def test_a_net_is_asked_for_no_more_than_the_loss_needs() -> None:
 # --- the sum of it: does distillation distil? -----------------------------------------------------------------
 
 
-class MisPaired(nn.Module):
+class MisPaired(FrozenTeacher):
     """A teacher whose answers belong to the batch before: what a cache under shuffling once did to many."""
 
-    def __init__(self, teacher: nn.Module) -> None:
-        super().__init__()
-        self.teacher = teacher
+    def __init__(self, teacher: FrozenTeacher) -> None:
+        super().__init__(teacher.net)
         self.last: Tensor | None = None
 
     def forward(self, images: Tensor) -> Tensor:
-        logits = self.teacher(images)
+        logits = super().forward(images)
         answer = logits.roll(1, 0) if self.last is None else self.last
         self.last = logits
         return answer
@@ -677,7 +667,7 @@ def perfect_teacher() -> FrozenTeacher:
     return FrozenTeacher(learner.student)
 
 
-def distilled(teacher: nn.Module) -> dict[str, float]:
+def distilled(teacher: FrozenTeacher) -> dict[str, float]:
     """Returns how well a student that never saw a label does what the teacher does; `kd` as a share of the first."""
     learner = learner_of(net_of(1), {"name": "kd", "alpha": 1.0, "temperature": 4.0}, "adam")
     score = functools.partial(evaluate, learner.student, splits().val, loss=learner.loss, teacher=perfect_teacher())
@@ -781,6 +771,7 @@ def test_nets_compute_in_the_given_precision_and_losses_in_float32(
 
     received: set[torch.dtype] = set()
     learner, teacher = learner_of(loss=Spy(), precision=precision), teacher_of()
+    teacher.precision = precision
     computed: dict[str, set[torch.dtype]] = {"student": set(), "teacher": set()}
     for name, net in (("student", learner.student), ("teacher", teacher.net)):
         net.conv2.register_forward_hook(lambda _, __, output, name=name: computed[name].add(output.dtype))
@@ -812,54 +803,3 @@ def test_only_fp16_scales_its_gradients() -> None:
         "bf16": False,
         "fp16": True,
     }
-
-
-@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
-def test_a_precision_that_is_named_is_used(name: str) -> None:
-    assert choose_precision(name, CPU) == name
-    assert choose_precision(name, torch.device("cuda")) == name
-
-
-@pytest.mark.parametrize(("capable", "expected"), [(True, "bf16"), (False, "fp32")])
-def test_auto_precision_is_bf16_where_the_hardware_has_it(
-    capable: bool, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: capable)
-    assert choose_precision("auto", CPU) == expected
-    # Emulated bf16 would be slower than fp32.
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation=True: capable or including_emulation
-    )
-    assert choose_precision("auto", torch.device("cuda")) == expected
-    assert choose_precision("auto", torch.device("mps")) == "fp32"
-
-
-@pytest.mark.parametrize("name", ["gpu", "cuda:99", "hpu", "", "cpu0"])
-def test_a_device_that_cannot_be_used_is_one_line(name: str) -> None:
-    with pytest.raises(InputError, match=f"^--device {name}: cannot be used: .*name another, such as cpu$") as caught:
-        choose_device(name)
-    assert caught.value.exit_status == 2
-
-
-@pytest.mark.parametrize(
-    ("cuda", "mps", "expected"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]
-)
-def test_auto_takes_the_fastest_device_there_is(
-    cuda: bool, mps: bool, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    monkeypatch.setattr(engine.torch, "empty", lambda *_, **__: None)  # the trial of a device that is not here
-    assert choose_device("auto").type == expected
-
-
-def test_the_cpu_can_be_chosen_and_has_a_name() -> None:
-    assert choose_device("cpu") == CPU
-    assert device_name(CPU) == "cpu"
-
-
-def test_a_placed_net_is_channels_last_like_its_batches() -> None:
-    net: Any = net_of()
-    assert net.conv1.weight.is_contiguous(memory_format=torch.channels_last)
-    (batch, *_) = splits().train.epoch(0)
-    assert batch.images.is_contiguous(memory_format=torch.channels_last)

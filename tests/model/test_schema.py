@@ -54,7 +54,9 @@ def test_every_option_is_in_the_result_with_its_default() -> None:
             assert values[section][key] == written.get(key, default)
     assert values["seed"] == 230
     assert values["schedule"]["name"] == "constant"
-    assert values["teacher"] == {"model_dir": "experiments/teacher", "restore_file": "best", "mean": None, "std": None}
+    defaults = {key: default for key, (_, default) in options_of(teacher_options).items()}
+    assert values["teacher"] == defaults | {"model_dir": "experiments/teacher"}
+    assert (defaults["restore_file"], defaults["cache"], defaults["cache_dtype"]) == ("best", "off", "fp16")
 
 
 def test_resolving_a_result_changes_nothing() -> None:
@@ -173,11 +175,11 @@ def test_a_section_is_an_object(section: str, value: object) -> None:
 
 def test_a_teacher_is_a_directory_as_text_or_with_options() -> None:
     full = {"model_dir": "experiments/teacher", "restore_file": "last"}
-    defaults = {"restore_file": "best", "mean": None, "std": None}
+    defaults = {key: default for key, (_, default) in options_of(teacher_options).items()}
     for teacher, expected in (
-        ("experiments/teacher", full | defaults),
-        ({"model_dir": "experiments/teacher"}, full | defaults),
-        (full, full | {"mean": None, "std": None}),
+        ("experiments/teacher", defaults | {"model_dir": "experiments/teacher"}),
+        ({"model_dir": "experiments/teacher"}, defaults | {"model_dir": "experiments/teacher"}),
+        (full, defaults | full),
     ):
         values, problems = resolve(changed(teacher=teacher))
         assert (values["teacher"], problems) == (expected, [])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +11,13 @@ from torch.testing import assert_close
 
 from model.errors import InputError
 from model.nets import NETS
-from model.teacher import FrozenTeacher, create_teacher
+from model.outputs import Batch
+from model.teacher import FrozenTeacher, create_teacher, fingerprint_of
+from model.teacher_store import TeacherStore
 
 OURS = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
 THEIRS = {"mean": [0.1, 0.2, 0.6], "std": [0.5, 0.1, 0.4]}
+SECTION: dict[str, Any] = {"model_dir": "experiments/t", "mean": None, "std": None}
 RECORD: dict[str, Any] = {
     "section": {"name": "tiny", "width": 8, "dropout_rate": 0.5},
     "num_classes": 3,
@@ -95,7 +99,7 @@ def test_its_answers_can_be_targets_in_a_backward() -> None:
 @pytest.mark.parametrize("theirs", [OURS, THEIRS, OURS | {"mean": THEIRS["mean"]}, OURS | {"std": THEIRS["std"]}])
 def test_it_sees_the_images_under_its_own_normalisation(theirs: dict[str, list[float]]) -> None:
     net = net_of()
-    teacher = create_teacher(state_of(net, **theirs), "t", RECORD)
+    teacher = create_teacher(state_of(net, **theirs), SECTION, RECORD)
     pixels = images()
     seen: list[Tensor] = []
     teacher.net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -110,7 +114,7 @@ def test_it_sees_the_images_under_its_own_normalisation(theirs: dict[str, list[f
 
 def test_with_the_same_constants_the_images_are_not_touched() -> None:
     net = net_of()
-    teacher = create_teacher(state_of(net), "t", RECORD)
+    teacher = create_teacher(state_of(net), SECTION, RECORD)
     pixels = images()
     seen: list[Tensor] = []
     teacher.net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -119,7 +123,7 @@ def test_with_the_same_constants_the_images_are_not_touched() -> None:
 
 
 def test_the_constants_move_with_it_and_are_no_weights() -> None:
-    teacher = create_teacher(state_of(net_of(), **THEIRS), "t", RECORD)
+    teacher = create_teacher(state_of(net_of(), **THEIRS), SECTION, RECORD)
     assert [name for name in teacher.state_dict() if not name.startswith("net.")] == []
     assert teacher.to("meta")(images().to("meta")).device.type == "meta"
 
@@ -129,7 +133,7 @@ def test_the_constants_move_with_it_and_are_no_weights() -> None:
 
 def test_it_is_the_net_of_the_checkpoint() -> None:
     net = net_of()
-    teacher = create_teacher(state_of(net), "t", RECORD)
+    teacher = create_teacher(state_of(net), SECTION, RECORD)
     assert list(teacher.net.state_dict()) == list(net.state_dict())
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in teacher.net.state_dict().items())
 
@@ -146,7 +150,7 @@ def test_it_is_the_net_of_the_checkpoint() -> None:
 )
 def test_a_teacher_of_other_data_is_refused_with_both_sides_named(changes: dict[str, Any], said: list[str]) -> None:
     with pytest.raises(InputError) as caught:
-        create_teacher(state_of(net_of(), **changes), "teacher experiments/t", RECORD)
+        create_teacher(state_of(net_of(), **changes), SECTION, RECORD)
     message = str(caught.value)
     assert message.startswith("teacher experiments/t: ")
     assert "\n" not in message
@@ -164,6 +168,170 @@ def test_a_teacher_of_other_data_is_refused_with_both_sides_named(changes: dict[
 )
 def test_a_checkpoint_that_is_not_to_be_built_is_refused(section: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said) as caught:
-        create_teacher(state_of(net_of(), section=section), "teacher experiments/t", RECORD)
+        create_teacher(state_of(net_of(), section=section), SECTION, RECORD)
     assert str(caught.value).startswith("teacher experiments/t: ")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("accuracy", [None, 0.75])
+def test_it_knows_how_well_it_did_in_its_own_run(accuracy: float | None) -> None:
+    state = state_of(net_of()) | ({} if accuracy is None else {"metrics": {"accuracy": accuracy}})
+    assert create_teacher(state, SECTION, RECORD).accuracy == accuracy
+
+
+def test_its_fingerprint_is_that_of_options_weights_and_statistics() -> None:
+    net = net_of()
+    one = create_teacher(state_of(net), SECTION, RECORD).fingerprint
+    assert one == create_teacher(state_of(net), SECTION, RECORD).fingerprint
+    assert one == fingerprint_of(net, RECORD["section"])
+    others = {
+        fingerprint_of(net, RECORD["section"] | {"dropout_rate": 0.1}),
+        fingerprint_of(net_of(1), RECORD["section"]),
+    }
+    for name in ("conv1.weight", "bn2.running_var", "linear.bias"):
+        changed = net_of()
+        changed.state_dict()[name].view(-1)[0] += 1e-6
+        others.add(fingerprint_of(changed, RECORD["section"]))
+    assert len({one, *others}) == 6
+
+
+# --- fast -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("theirs", [OURS, THEIRS])
+def test_a_fast_copy_answers_as_the_original_does_and_leaves_it_alone(theirs: dict[str, list[float]]) -> None:
+    teacher = create_teacher(state_of(net_of(), **theirs), SECTION, RECORD)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    fast = teacher.fast("fp32", frozenset({"logits", "embedding"}), (3, 16, 16))
+    assert fast.num_folded == 2
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
+    assert_close(fast(images()), teacher(images()), rtol=1e-4, atol=1e-5)
+    ours, theirs_ = (t.forward_with_features(images()) for t in (fast, teacher))
+    assert_close(ours.embedding, theirs_.embedding, rtol=1e-4, atol=1e-5)
+    assert (teacher.num_folded, teacher.precision) == (0, "fp32")
+    assert list(teacher.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert fast.train().training is False
+    assert not any(parameter.requires_grad for parameter in fast.parameters())
+
+
+def test_a_fast_copy_computes_in_its_own_precision_whatever_is_around_it() -> None:
+    teacher = create_teacher(state_of(net_of()), SECTION, RECORD)
+    half = teacher.fast("bf16", frozenset({"logits"}), (3, 16, 16))
+    assert half(images()).dtype == torch.bfloat16
+    assert_close(half(images()).float(), teacher(images()), rtol=0.05, atol=0.05)
+    assert teacher(images()).dtype == torch.float32
+
+
+# --- with a store ---------------------------------------------------------------------------------------------
+
+
+class Samples:
+    """A loader's facts and batches: sample `i` under view `v` is noise of its own."""
+
+    split = object()
+    seed = 3
+
+    @staticmethod
+    def batch(*pairs: tuple[int, int]) -> Batch:
+        pictures = torch.stack([images(100 * sample + view)[0] for sample, view in pairs])
+        samples, views = torch.tensor(pairs).unbind(1)
+        return Batch(pictures.contiguous(memory_format=torch.channels_last), samples % 3, samples, views)
+
+
+def stored_teacher(root: Path, needs: frozenset[str], dtype: str = "fp32", **options: Any) -> FrozenTeacher:
+    teacher = create_teacher(state_of(net_of()), SECTION, RECORD)
+    widths = {"logits": 3, "embedding": 16}
+    widths = {field: widths[field] for field in sorted(needs)}
+    store = TeacherStore.open(root, {}, num_samples=10, num_views=4, widths=widths, dtype=dtype, **options)
+    teacher.stores.append((Samples.split, store))
+    return teacher
+
+
+LOGITS = frozenset({"logits"})
+
+
+def test_only_what_was_never_asked_is_computed_in_one_forward(tmp_path: Path) -> None:
+    teacher = stored_teacher(tmp_path, LOGITS)
+    sizes: list[int] = []
+    teacher.net.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    for pairs in ([(0, 0), (1, 3), (2, 1)], [(1, 3), (5, 0), (0, 0), (1, 2)], [(1, 2), (2, 1)], [(2, 1), (2, 2)]):
+        batch = Samples.batch(*pairs)
+        with teacher.lesson(Samples, 0, LOGITS) as ask:
+            answers = ask(batch).logits
+        assert_close(answers, teacher.net(batch.images), rtol=1e-5, atol=1e-6)
+        sizes.pop()  # of the line above
+    assert sizes == [3, 2, 1]
+    assert teacher.num_computed == 6
+
+
+def test_answers_belong_to_sample_and_view_in_whatever_order_they_are_asked(tmp_path: Path) -> None:
+    teacher = stored_teacher(tmp_path, LOGITS)
+    pairs = [(sample, view) for sample in range(10) for view in range(4)]
+    with teacher.lesson(Samples, 0, LOGITS) as ask:
+        given = dict(zip(pairs, ask(Samples.batch(*pairs)).logits, strict=True))
+    teacher.net = nn.Identity()  # from here on the store is all there is
+    for seed in range(5):
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(seed))[:17].tolist()
+        with teacher.lesson(Samples, seed, LOGITS) as ask:
+            answers = ask(Samples.batch(*(pairs[place] for place in order))).logits
+        assert all(torch.equal(answer, given[pairs[place]]) for answer, place in zip(answers, order, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "options"), [("fp32", {}), ("fp16", {}), ("fp16", {"top_k": 1})])
+def test_what_is_computed_today_is_what_is_read_tomorrow(tmp_path: Path, dtype: str, options: dict[str, Any]) -> None:
+    needs = frozenset({"logits", "embedding"})
+    teacher = stored_teacher(tmp_path, needs, dtype, **options)
+    batch = Samples.batch((0, 0), (1, 3), (2, 1))
+    answers = []
+    for _ in range(2):
+        with teacher.lesson(Samples, 0, needs) as ask:
+            answers.append(ask(batch))
+    assert teacher.num_computed == 3
+    assert torch.equal(answers[0].logits, answers[1].logits)
+    assert torch.equal(answers[0].embedding, answers[1].embedding)
+    exact = teacher.forward_with_features(batch.images)
+    assert torch.equal(
+        answers[0].embedding, exact.embedding.to({"fp32": torch.float32, "fp16": torch.float16}[dtype]).float()
+    )
+
+
+def test_fp16_changes_loss_and_gradient_by_no_more_than_its_rounding(tmp_path: Path) -> None:
+    teacher = stored_teacher(tmp_path, LOGITS, "fp16")
+    batch = Samples.batch(*((sample, 1) for sample in range(10)))
+    teacher.net.linear.weight.data *= 30  # type: ignore[union-attr, operator]  # logits as far apart as a real one's
+    with teacher.lesson(Samples, 0, LOGITS) as ask:
+        stored = ask(batch).logits
+    exact = teacher(batch.images)
+    assert not torch.equal(stored, exact)
+
+    def loss_and_gradient(targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = torch.linspace(-2, 2, 30).view(10, 3).requires_grad_()
+        value = 16 * F.kl_div(F.log_softmax(logits / 4, 1), F.softmax(targets / 4, 1), reduction="batchmean")
+        value.backward()
+        assert logits.grad is not None
+        return value.detach(), logits.grad
+
+    for one, other in zip(loss_and_gradient(stored), loss_and_gradient(exact), strict=True):
+        assert (one - other).norm() < 2**-10 * other.norm() * exact.abs().max()
+
+
+def test_an_epoch_that_fails_keeps_what_was_computed(tmp_path: Path) -> None:
+    teacher = stored_teacher(tmp_path, LOGITS)
+    lesson = teacher.lesson(Samples, 0, LOGITS)
+    lesson.__enter__()(Samples.batch((0, 0), (1, 1)))
+    assert not lesson.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
+    with teacher.lesson(Samples, 0, LOGITS) as ask:
+        ask(Samples.batch((1, 1), (0, 0)))
+    assert teacher.num_computed == 2
+
+
+def test_other_lists_of_samples_are_not_looked_up(tmp_path: Path) -> None:
+    class Others(Samples):
+        split = object()
+
+    teacher = stored_teacher(tmp_path, LOGITS)
+    for _ in range(2):
+        with teacher.lesson(Others, 0, LOGITS) as ask:
+            ask(Samples.batch((0, 0)))
+    assert teacher.num_computed == 2

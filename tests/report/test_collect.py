@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from model import legacy
 from report.collect import FLAT, Row, collect, compare_temperatures
-from utils import RunError
+from utils import RunError, read_json
 
 PARAMS = {"num_epochs": 30, "student": {"name": "cnn"}, "loss": {"name": "kd", "alpha": 0.9}}
 VAL = {"accuracy": 0.84, "accuracy_top5": 0.99, "cross_entropy": 0.5, "loss": 0.4, "epoch": 28}
@@ -64,6 +64,14 @@ def test_scores_of_older_weights_are_left_out_and_said(tmp_path: Path) -> None:
     assert row.status == "completed; the best weights are not evaluated since epoch 1"
     write(tmp_path, "metrics_test_best_weights.json", {"accuracy": 0.82, "epoch": VAL["epoch"]})
     assert (only_row(tmp_path).metrics["test_best.accuracy"], only_row(tmp_path).status) == (0.82, "completed")
+
+
+def test_weights_that_were_selected_on_the_test_split_are_marked(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    write(tmp_path, "metrics_test_best_weights.json", VAL | {"selected_on": "val"})
+    assert only_row(tmp_path).status == "completed"
+    write(tmp_path, VAL_BEST, VAL | {"selected_on": "test"})
+    assert only_row(tmp_path).status == "completed; SELECTED ON THE TEST SPLIT"
 
 
 # what is an experiment
@@ -177,6 +185,11 @@ def test_what_has_not_run_is_pending(tmp_path: Path) -> None:
     row = only_row(tmp_path)
     assert (row.status, row.metrics) == ("pending", {})
     assert row.options == {"num_epochs": 30, "student.name": "cnn", "loss.name": "kd", "loss.alpha": 0.9}
+
+
+def test_an_option_goes_by_the_whole_path_to_it(tmp_path: Path) -> None:
+    write(tmp_path, "params.json", {"seed": 1, "loss": {"schedule": {"alpha": {"first": 0.5}}}})
+    assert only_row(tmp_path).options == {"seed": 1, "loss.schedule.alpha.first": 0.5}
 
 
 def test_options_are_those_that_ran_and_chosen_are_those_in_params_json_or_overridden(tmp_path: Path) -> None:
@@ -447,9 +460,21 @@ def test_a_file_that_goes_away_while_it_is_read_is_told(tmp_path: Path, monkeypa
     def gone(_: Path) -> str:
         raise RunError("run.json does not exist")
 
-    write_run(tmp_path)
+    write_run(tmp_path, "running")
     monkeypatch.setattr("report.collect.read_status", gone)
     assert only_row(tmp_path).state == "unreadable"
+
+
+def test_each_file_is_read_once_and_what_is_wrong_with_it_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path)
+    write(tmp_path, VAL_BEST, b"{")
+    paths: list[Path] = []
+    monkeypatch.setattr("report.collect.read_json", lambda path: [paths.append(path), read_json(path)][1])
+    _, problems = collect(tmp_path)
+    assert sorted(path.name for path in paths) == sorted(["params.json", RUN_JSON, VAL_BEST, VAL_LAST])
+    assert len(problems) == 1
 
 
 def test_no_content_whatsoever_raises(tmp_path: Path) -> None:

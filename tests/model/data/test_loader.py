@@ -5,6 +5,7 @@ import torch
 from model.data.images import Split
 from model.data.loader import BatchLoader
 from model.data.views import Augmentation, draw_views
+from model.errors import InputError
 from model.rng import derive_seed
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)
@@ -166,3 +167,43 @@ def test_drawing_batches_never_waits_for_the_device():
     # Tensors of the meta device have no values: whatever asks the device for one raises.
     loader = loader_of(shuffle=True, augmentation=CROP_FLIP, device=torch.device("meta"))
     assert [tuple(batch.images.shape) for batch in loader.epoch(0)] == [(8, 3, 8, 8)] * 6 + [(2, 3, 8, 8)]
+
+
+def test_shares_of_a_step_are_its_samples_divided_and_none_is_too_small_for_batch_norm():
+    for n in range(6, 40):
+        for batch_size in range(6, 20, 3):
+            for parts in (1, 2, 3):
+                loaders = [
+                    loader_of(n, batch_size=batch_size, shuffle=True, augmentation=CROP_FLIP) for _ in range(parts)
+                ]
+                for part, loader in enumerate(loaders):
+                    loader.share(part, parts)
+                order, views = loaders[0].draw(1)
+                steps = list(zip(*(loader.epoch(1) for loader in loaders), strict=True))
+                assert {len(loader) for loader in loaders} == {len(steps)}
+                for field, expected in (("indices", order), ("views", views)):
+                    assert torch.equal(torch.cat([joined(shares, field) for shares in steps]), expected)
+                for shares in steps:
+                    sizes = [len(batch.labels) for batch in shares]
+                    assert min(sizes) >= 2
+                    assert max(sizes) <= min(sizes) + 1
+                    assert [batch.share for batch in shares] == [size / sum(sizes) for size in sizes]
+
+
+def test_a_share_shows_what_it_would_show_in_the_whole_batch_and_only_epochs_are_shared():
+    whole, second = (loader_of(52, shuffle=True, augmentation=CROP_FLIP) for _ in range(2))
+    second.share(1, 2)
+    for start in (0, 3):
+        for batch, part in zip(whole.epoch(2, start), second.epoch(2, start), strict=True):
+            assert torch.equal(part.images, batch.images[len(batch.labels) // 2 :])
+            assert torch.equal(part.labels, batch.labels[len(batch.labels) // 2 :])
+    drawn = whole.draw(0)
+    assert torch.equal(joined(second.show(*drawn), "images"), joined(whole.show(*drawn), "images"))
+
+
+@pytest.mark.parametrize(("samples", "batch_size"), [(50, 5), (5, 50)])
+def test_a_step_that_is_too_small_for_its_processes_is_refused(samples, batch_size):
+    loader = loader_of(samples, batch_size=batch_size)
+    loader.share(0, 2)
+    with pytest.raises(InputError, match=r"^steps of at most 5 samples for 3 processes: each needs two"):
+        loader.share(0, 3)

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from model.engine import autocast, outputs_of, probe
+from model.devices import autocast
+from model.engine import probe
 from model.losses import LOSSES
 from model.losses.base import Loss
 from model.losses.kd import KDLoss
 from model.nets import NETS
-from model.outputs import Batch, Outputs, Probe
+from model.outputs import Batch, Outputs, Probe, outputs_of
 from model.registry import Registry, options_of
 from model.teacher import FrozenTeacher
 
