@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import itertools
 import math
 import shutil
 import statistics
@@ -25,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +191,7 @@ def speed(args: argparse.Namespace, teacher_dir: Path) -> None:
         ratios = [rate / plain for rate, plain in zip(rates[way], rates["plain"], strict=True)]
         target = f"at least {TARGETS[way]}" if way in TARGETS else ""
         rows.append([title, spread(rates[way], ",.0f"), spread(ratios, ".1f"), target])
+    parts = [[name, spread(values, ",.0f")] for name, values in alone(folders["online"], args).items()]
     text = f"""# A step of distillation
 
 {subject(args, teacher_dir)}.
@@ -199,8 +202,69 @@ Median (smallest to largest) of {args.rounds} rounds in which the ways take turn
 (a): PIL transforms in {plain["workers"]} DataLoader workers, float32, teacher at every step; counted over
 {args.plain_steps} steps after {plain["warm_up"]} others. (b), (c): counted over the second epoch of \
 {args.train_images:,} images.
+
+What bounds them: the parts that cannot be left out, each alone on a batch that is there already.
+
+{table_of(["part", "images/s"], parts)}
 """
     report("kd_step", text, args, run)
+
+
+def alone(folder: Path, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Returns images/s of what no way does without: a teacher's forward, a student's step, on a batch that is there."""
+    import torch
+    from plain import create_distiller
+
+    from model import data, losses, optim, schema
+    from model.devices import choose_device, choose_precision, place
+    from model.engine import Learner, train_epoch
+    from model.teacher import FrozenTeacher
+    from utils import Params
+
+    class Repeated:
+        """One batch as an epoch."""
+
+        def __init__(self, steps: int) -> None:
+            self.steps = steps
+
+        def __len__(self) -> int:
+            return self.steps
+
+        def epoch(self, epoch: int, start: int = 0) -> Iterable[Any]:
+            return itertools.repeat(batch, self.steps)
+
+    params, device = Params.load(folder, schema.resolve), choose_device(args.device)
+    precision = choose_precision(params.precision, device)
+    splits = data.create(params.dataset, seed=params.seed, device=device)
+    batch = next(iter(splits.train.epoch(0)))
+    distiller = create_distiller(params, splits.num_classes, device)
+    fast = place(FrozenTeacher(distiller.teacher).fast(precision, frozenset({"logits"}), splits.shape), device)
+    loss = losses.LOSSES.create(losses.LOSSES.resolve({"name": "ce"})[0])
+    student = place(distiller.student, device)
+    optimizer = optim.create_optimizer(params.optimizer, student.parameters())
+    schedule = optim.create_schedule(params.schedule, optimizer, 1, 10)
+    learner = Learner(student, loss, optimizer, schedule, precision)
+
+    def forward(net: torch.nn.Module, images: torch.Tensor, steps: int) -> None:
+        with torch.no_grad():
+            for _ in range(steps):
+                logits = net(images)
+        logits.sum().item()  # the device has finished
+
+    work: dict[str, Callable[[int], object]] = {
+        "the teacher's forward in (a)": functools.partial(forward, distiller.teacher, batch.images.contiguous()),
+        "the teacher's forward in (b)": functools.partial(forward, fast, batch.images),
+        "the student's step in (b) and (c)": lambda n: train_epoch(learner, Repeated(n), epoch=0, seed=0),
+    }
+    rates: dict[str, list[float]] = {}
+    for name, run in work.items():
+        steps = args.plain_steps if name.startswith("the student") else max(args.plain_steps // 6, 1)
+        run(steps)
+        for _ in range(args.rounds):
+            started = time.perf_counter()
+            run(steps)
+            rates.setdefault(name, []).append(steps * len(batch.labels) / (time.perf_counter() - started))
+    return rates
 
 
 def last_written(store: Path) -> int:
