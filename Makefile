@@ -11,7 +11,7 @@ demo: export OMP_NUM_THREADS := 1
 test test-all: export OMP_NUM_THREADS := 1
 ON_ALL_CORES := -n auto --dist worksteal
 
-.PHONY: help setup demo test test-all lint format bench bench-seeds readme clean
+.PHONY: help setup demo test test-all lint format bench bench-seeds bench-speed readme clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -53,6 +53,17 @@ bench-seeds: $(READY) ## the five seeds' experiments scaled down (about an hour)
 
 bench: $(READY) ## KD against the student alone on CIFAR-10, 3 seeds each (about an hour): make bench DATA_DIR=...
 	$(PY) benchmarks/kd_cifar10.py --data_dir $(or $(DATA_DIR),data)
+
+# Each is of use without images and teacher, too: then it makes up its own.
+WITH = $(if $(DATA_DIR),--data_dir $(DATA_DIR)) $(if $(TEACHER),--teacher_dir $(TEACHER))
+
+bench-speed: $(READY) ## how fast (an hour of a quiet machine): make bench-speed DATA_DIR=... TEACHER=<trained resnet18>
+	$(PY) benchmarks/kd_step.py $(WITH)
+	$(PY) benchmarks/kd_step.py $(WITH) --profile
+	$(PY) benchmarks/grid.py $(WITH)
+	$(PY) benchmarks/epoch_cost.py
+	$(PY) benchmarks/start.py
+	$(PY) benchmarks/kd_step.py $(WITH) --accuracy
 
 readme: $(READY) ## write the params.json reference in README.md anew
 	$(PY) tests/test_readme.py --write

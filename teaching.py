@@ -29,13 +29,13 @@ from model.losses import LOSSES
 from model.losses.base import Loss
 from model.outputs import outputs_of
 from model.teacher import FrozenTeacher, create_teacher, fingerprint_of
-from model.teacher_store import StoreSizeError, TeacherStore
+from model.teacher_store import Column, StoreSizeError, TeacherStore, top_k_error
 from process import log, set_logger
 from sources import load_teacher_checkpoint
 from utils import FAILED, OK, Params, RunError, read_json, write_json
 
 TOLERANCE = 0.001  # of accuracy: what a fast teacher may differ from its original
-# What an answer may differ, relative to its norm, if it is computed again in another batch or on another machine.
+# What an answer may differ if it is computed again, in another batch or on another machine: see `difference`.
 TOLERATED = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 5e-2}
 
 
@@ -365,33 +365,54 @@ def gc(root: Path, current: set[str], everything: bool) -> int:
 
 
 def verify(teacher: FrozenTeacher, splits: data.Data, needs: frozenset[str], fraction: float) -> int:
-    """Computes a random part of the stored answers again and compares."""
+    """Computes a random part of the stored answers again and compares; says what keeping only some classes changes."""
+    generator = torch.Generator()
+    generator.seed()
     wrong = 0
     for loader in (splits.train, splits.val):
         store = teacher.store_of(loader)
         if store is None or (loader is splits.val and loader.split is splits.train.split):
             continue
-        for samples, views, seed, epoch in store.sample_filled(fraction, torch.Generator()):
-            numbered = loader if loader.num_views is not None or int(views[0]) < 0 else loader.plain()
-            if int(views[0]) < 0 and seed != loader.seed:
+        for samples, views, seed, epoch in store.sample_filled(fraction, generator):
+            drawn = int(views[0]) < 0
+            if drawn and seed != loader.seed:
                 log.info("%s: the views of seed %d are verified with --overrides seed=%d", store.folder, seed, seed)
                 continue
-            differences: list[Tensor] = []
-            damaged = 0
-            for batch in numbered.show(samples, views, epoch):
+            plain = loader.num_views is None and not drawn
+            differences, losses, damaged = [torch.zeros(0)], {1: [torch.zeros(0)], 4: [torch.zeros(0)]}, 0
+            for batch in (loader.plain() if plain else loader).show(samples, views, epoch):
                 values, valid = store.read(batch.indices, batch.views, seed, epoch)
                 damaged += int((~valid).sum())
                 outputs = vars(teacher.compute(needs, batch))
+                by_column = [
+                    difference(c, values[c.field], store.stored(c.field, outputs[c.field])) for c in store.columns
+                ]
+                differences.append(torch.stack(by_column).amax(0)[valid])
                 for column in store.columns:
-                    again = store.stored(column.field, outputs[column.field]).cpu()
-                    differences.append(((values[column.field] - again).norm(dim=1) / again.norm(dim=1))[valid])
-            relative = torch.cat(differences)
-            bad = int((relative > TOLERATED[teacher.precision]).sum())
+                    for temperature, parts in losses.items() if column.top_k else ():
+                        parts.append(top_k_error(outputs[column.field], column.top_k, temperature).cpu())
+            found = torch.cat(differences)
+            bad = int((found > TOLERATED[teacher.precision]).sum())
             wrong += bad
             log.info(
-                "%s: %d answers computed again: relative difference at most %.2g, %d wrong, %d damaged (as if missing)",
-                *(store.folder, len(relative), relative.max().item() if len(relative) else 0, bad, damaged),
+                "%s: %d answers computed again: difference at most %.2g, %d wrong, %d damaged (as if missing)",
+                *(store.folder, len(found), found.max().item() if len(found) else 0, bad, damaged),
             )
+            for temperature, parts in losses.items():
+                if len(lost := torch.cat(parts)):
+                    line = "keeping the largest logits only: total variation distance at T %d: mean %.2g, at most %.2g"
+                    log.info(line, temperature, lost.mean().item(), lost.max().item())
     if wrong:
         raise RunError(f"{wrong} stored answers are wrong; remove their store: gc --all, or rm -r", "teacher", FAILED)
     return OK
+
+
+def difference(column: Column, stored: Tensor, again: Tensor) -> Tensor:
+    """Returns, `(n,)`, how far answers are apart: relative to their norm, or as probabilities if they are not whole.
+
+    Which class is the last of the k largest may hang on a rounding, and with it a logit that hardly matters.
+    """
+    again = again.cpu()
+    if column.top_k:
+        return (stored.softmax(1) - again.softmax(1)).abs().sum(1) / 2
+    return (stored - again).norm(dim=1) / again.norm(dim=1).clamp_min(1e-6)

@@ -390,6 +390,20 @@ def test_verify_finds_answers_that_are_not_the_teachers(
     assert "5 stored answers are wrong" in ended.err.splitlines()[-1]
 
 
+def test_verify_says_what_is_lost_where_only_the_largest_logits_are_kept(
+    script: Script, make_student: Make, teacher: Path
+) -> None:
+    student = make_student("student", {"cache": "lazy", "top_k": 2}, num_epochs=1)
+    script(train, "--model_dir", student)
+    ended = script(teaching, "verify", student, "--fraction", 1)
+    assert ended.status == 0
+    assert ", 0 wrong, 0 damaged" in ended.out
+    lines = [line for line in ended.out.splitlines() if line.startswith("keeping the largest logits only")]
+    means = [float(line.split("mean ")[1].split(",")[0]) for line in lines]
+    assert [line.split(" at T ")[1][0] for line in lines] == ["1", "4"]
+    assert all(0 < mean < 0.5 for mean in means)
+
+
 def test_gc_removes_what_no_weights_here_have_answered(script: Script, make_student: Make, teacher: Path) -> None:
     script(train, "--model_dir", make_student("first", {"cache": "lazy"}))
     assert "0.000 GB freed" in script(teaching, "gc", teacher).out
