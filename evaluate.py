@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from checkpoint import load_checkpoint
-from model import data, metrics, nets, schema
+from model import data, metrics, nets, parallel, schema
 from model.data.pipeline import Loader
 from model.devices import choose_device, choose_precision, place
 from model.engine import evaluate, probe
@@ -176,6 +176,7 @@ def calibrate(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
 def main() -> int:
     args = parse_args()
     set_logger()
+    parallel.refuse_several("evaluate.py")
     path, state, sha, params = open_checkpoint(args)
     device = choose_device(args.device)
     precision = choose_precision(params.precision, device)
@@ -196,8 +197,9 @@ def main() -> int:
     size = sizes(net, teacher, splits.shape)
     if teacher is not None:
         teacher = place(teacher, device)
-        if loss is None or loss.teacher_statistics == "running":  # as in training
+        if loss is None or loss.teacher_statistics == "running":
             teacher = teacher.fast(precision, loss.needs if loss else frozenset({"logits"}), splits.shape)
+        teacher.precision = precision
 
     columns: dict[str, list[torch.Tensor]] = {"logits": [], "labels": [], "indices": [], "teacher_logits": []}
 

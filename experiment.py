@@ -63,7 +63,10 @@ MAY_CHANGE = (
     "compile",
 )
 BY_CONTENT = ("student.init_from", "teacher.model_dir")
-CALLED = {"init": "checkpoint of student.init_from or --restore_file"}  # in messages
+CALLED = {  # in messages
+    "init": "checkpoint of student.init_from or --restore_file",
+    "answers": "part of the teacher's answers that is kept (teacher.top_k, with teacher.cache)",
+}
 KEPT = "kept_"  # before the names of checkpoints that training would have written over
 WRITTEN = (
     "run.json",

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
@@ -64,6 +65,18 @@ class ConsoleHandler(logging.Handler):
             sys.stdout.flush()
 
 
+_with_place = warnings.formatwarning
+
+
+def format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Returns the line of a warning to the user alone, that of a programmer's with its place in the code."""
+    if getattr(category, "plain", False):
+        return str(message)
+    return _with_place(message, category, filename, lineno, line)
+
+
 def set_logger(path: Path | None = None, quiet: bool = False, mute: bool = False) -> None:
     """Sends log lines, warnings included, to the console and appends them to a file.
 
@@ -73,6 +86,7 @@ def set_logger(path: Path | None = None, quiet: bool = False, mute: bool = False
         mute: Only errors.
     """
     logging.captureWarnings(True)
+    warnings.formatwarning = format_warning
     console = ConsoleHandler(logging.ERROR if mute else logging.WARNING if quiet else logging.INFO)
     handlers: list[logging.Handler] = [console]
     if path is not None:

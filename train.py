@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from logging import INFO
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,11 @@ from model.rng import derive_seed
 from model.teacher import FrozenTeacher, create_teacher
 from process import EpochBar, log, run_main, set_logger
 from sources import find_weights, load_initial, load_teacher_checkpoint
-from teaching import make_ready
+from teaching import Remark, fill, make_ready
 from utils import OK, USAGE, Params, RunError, apply_overrides, read_json
 
-USUAL = {"processes": 1, "compile": "off"}  # what goes without saying of how a run is trained
+# What goes without saying of how a run is trained; the teacher's answers may be rounded as they are kept.
+USUAL = {"processes": 1, "compile": "off", "answers": "as computed"}
 
 
 def parse_args() -> argparse.Namespace:
@@ -145,24 +147,22 @@ class Run:
     identity: Mapping[str, str | None]  # what besides params decides the result
     machine: Mapping[str, Any]
     head: Mapping[str, Any]  # what every checkpoint of this run says of itself
-    lines: Sequence[str]  # what the log begins with
+    remarks: Sequence[Remark]  # what the log begins with
     quiet: bool
 
     def introduce(self) -> None:
-        """Logs what is trained with what, and makes the teacher ready."""
-        for line in self.lines:
-            log.info("%s", line)
-        if self.teacher is not None:
-            self.teacher = make_ready(
-                self.teacher,
-                self.params.teacher,
-                self.splits,
-                self.learner.loss,
-                self.learner.precision,
-                self.params.num_epochs,
-                lambda: self.experiment.stop_if_asked("while the teacher's answers were computed", alone=True),
-                self.quiet,
-            )
+        """Logs what is trained with what."""
+        for level, line in self.remarks:
+            log.log(level, "%s", line)
+
+    def fill(self) -> None:
+        """Computes all that the teacher will be asked for, where params.json wants that done before training."""
+        if self.teacher is not None and self.params.teacher["cache"] == "full":
+
+            def pause() -> None:
+                self.experiment.stop_if_asked("while the teacher's answers were computed", alone=True)
+
+            fill(self.teacher, self.splits, self.learner.loss.needs, self.params.num_epochs, pause, self.quiet)
 
     def restore(self, state: Mapping[str, Any] | None) -> tuple[int, Totals]:
         """Returns the epoch to go on with and the sums of what is done of it already."""
@@ -297,12 +297,16 @@ def prepare(args: argparse.Namespace, params: Params, students: Sequence[Path]) 
         if teacher_state is not None:
             teacher = create_teacher(teacher_state, params.teacher, net_record)
             taught = probe(teacher.net, teacher.name, splits.shape)
-            teacher = place(teacher, device)
         torch.manual_seed(derive_seed(params.seed, "loss"))
         loss.attach(shown, taught)
     student, loss = place(student, device), parallel.synchronised(loss, device).to(device)
     optimizer = create_optimizer(params.optimizer, [*student.parameters(), *loss.parameters()])
     schedule = create_schedule(params.schedule, optimizer, params.num_epochs, len(splits.train))
+    about_teacher: list[Remark] = []
+    if teacher is not None:
+        teacher = place(teacher, device)
+        teacher, about_teacher = make_ready(teacher, params.teacher, splits, loss, precision, params.num_epochs)
+    kept = teacher is not None and bool(teacher.stores)
     run = compiled(partial(outputs_of, student)) if params.compile == "on" else None
 
     machine = {
@@ -311,6 +315,7 @@ def prepare(args: argparse.Namespace, params: Params, students: Sequence[Path]) 
         "threads": torch.get_num_threads(),
         "processes": parallel.size(),
         "compile": "on" if params.compile == "on" else "off",
+        "answers": params.teacher["cache_dtype"] if kept else USUAL["answers"],
     }
     lines = [
         *assumptions(model_dir, args.overrides),
@@ -329,11 +334,17 @@ def prepare(args: argparse.Namespace, params: Params, students: Sequence[Path]) 
         splits=splits,
         learner=Learner(student, loss, optimizer, schedule, precision, frozen_norms, run),
         teacher=teacher,
-        identity={"data": splits.fingerprint, "teacher": teacher_sha, "init": init_sha, "precision": precision},
+        identity={
+            "data": splits.fingerprint,
+            "teacher": teacher_sha,
+            "init": init_sha,
+            "precision": precision,
+            "answers": f"top {params.teacher['top_k']}" if kept and params.teacher["top_k"] else None,
+        },
         machine=machine,
         head={"net": net_record, "params": params.dict, **machine},
-        lines=lines,
-        quiet=args.quiet,
+        remarks=[*((INFO, line) for line in lines), *about_teacher],
+        quiet=args.quiet or parallel.rank() > 0,
     )
 
 
@@ -354,12 +365,15 @@ def train(args: argparse.Namespace, students: Sequence[Path] = ()) -> int:
     with parallel.fenced(), attempt as state:
         begin_log(args, model_dir / "train.log")
         run.introduce()
+        run.fill()
         first, totals = run.restore(state := parallel.from_first(state))
         if params.num_epochs == 0 and state is None:
             run.keep()
         for epoch in range(first, params.num_epochs):
             run.epoch(epoch, totals)
             totals = Totals(run.learner.device)
+        if run.teacher is not None and run.teacher.stores:
+            log.info("the teacher was asked for %d answers; the others had been kept", run.teacher.num_computed)
     return OK
 
 

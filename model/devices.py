@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from model.errors import InputError
+from model.errors import InputError, Notice
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -78,7 +78,7 @@ def compiled(function: Callable[..., ResultT]) -> Callable[..., ResultT]:
             return run(*args)
         except torch._dynamo.exc.TorchDynamoException as error:
             why = " ".join(" ".join(str(error).split("\n")[:2]).split()) or type(error).__name__
-            warnings.warn(f"compile: torch.compile gave up: {why}; training goes on without it", stacklevel=2)
+            warnings.warn(f"compile: torch.compile gave up: {why}; training goes on without it", Notice, stacklevel=2)
             run = function
             return run(*args)
 

@@ -23,3 +23,9 @@ class DivergedError(ArithmeticError):
 
     exit_status = 1
     reason = "diverged"
+
+
+class Notice(UserWarning):
+    """A warning to the user: the log shows its line and not the place in the code that it came from."""
+
+    plain = True

@@ -42,7 +42,7 @@ class PeerError(RuntimeError):
 
 def size() -> int:
     """Returns how many processes make up this run."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
 def rank() -> int:
@@ -53,6 +53,18 @@ def rank() -> int:
 def stride() -> int:
     """Returns at every how many steps the processes agree on what is to be done."""
     return STRIDE if size() > 1 else 1
+
+
+def refuse_several(script: str) -> None:
+    """Ends a script that torchrun, or whatever sets its variables, has started in several processes.
+
+    Raises:
+        InputError: It has.
+    """
+    if size() > 1:
+        raise InputError(
+            f"{script} is one process; start it without torchrun (here RANK and WORLD_SIZE are set)", "usage"
+        )
 
 
 @contextlib.contextmanager

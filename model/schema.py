@@ -138,6 +138,7 @@ def _place(key: str) -> str:
 
 
 def resolve_teacher(section: Any) -> tuple[dict[str, Any] | None, list[Problem]]:
+    """Checks a `teacher` section, or a text that stands for one, and fills in every default."""
     if section is None:
         return None, []
     if isinstance(section, str):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model import nets
 from model.devices import autocast
-from model.errors import InputError
+from model.errors import InputError, Notice
 from model.folding import cast_weights, fold_batch_norms
 from model.legacy import net_record
 from model.outputs import Batch, Outputs, outputs_of
@@ -125,8 +125,11 @@ class FrozenTeacher(nn.Module):
         recall = _Recall(store, partial(self.compute, needs), loader.seed, epoch, needs | {"logits"})
         try:
             yield recall
-        finally:
-            recall.write()
+        except BaseException:
+            with contextlib.suppress(InputError):  # the error itself matters more
+                recall.write()
+            raise
+        recall.write()
 
     def store_of(self, loader: Any) -> TeacherStore | None:
         """Returns where the answers for a loader's list of samples are kept, if they are."""
@@ -156,6 +159,7 @@ class _Recall:
         self.key = seed, epoch
         self.fields = sorted(fields)
         self.pending: list[tuple[dict[str, Tensor], Tensor, Tensor]] = []
+        self.full = False
 
     def __call__(self, batch: Batch) -> Outputs:
         device = batch.images.device
@@ -169,7 +173,8 @@ class _Recall:
             computed = {field: self.store.stored(field, getattr(outputs, field)) for field in self.fields}
             places = rows.to(device, non_blocking=True)
             answers = {field: answers[field].index_copy(0, places, computed[field]) for field in self.fields}
-            self.pending.append((computed, part.indices, part.views))
+            if not self.full:
+                self.pending.append((computed, part.indices, part.views))
             if len(self.pending) == PENDING:
                 self.write()
         return Outputs(answers["logits"], embedding=answers.get("embedding"))
@@ -184,13 +189,14 @@ class _Recall:
         try:
             self.store.write(together, torch.cat(samples), torch.cat(views), *self.key)
         except StoreFullError as error:
-            warnings.warn(f"{error}; training goes on without keeping the teacher's answers", stacklevel=1)
+            self.full = True  # for this epoch
+            warnings.warn(f"{error}; training goes on without keeping the teacher's answers", Notice, stacklevel=2)
 
 
-def fingerprint_of(net: nn.Module, section: Mapping[str, Any]) -> str:
-    """Returns the SHA-256 of a net's options, weights and buffers."""
+def fingerprint_of(weights: Mapping[str, Tensor], section: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of a net's options, weights and buffers, as a checkpoint has them."""
     digest = hashlib.sha256(json.dumps(section, sort_keys=True).encode())
-    for name, value in net.state_dict().items():
+    for name, value in sorted(weights.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -239,4 +245,4 @@ def create_teacher(state: Mapping[str, Any], section: Mapping[str, Any], student
     net = nets.restore({**state, "net": teacher}, where)
     name, constants = teacher["section"]["name"], (student["mean"], student["std"], teacher["mean"], teacher["std"])
     accuracy = state.get("metrics", {}).get("accuracy")
-    return FrozenTeacher(net, *constants, name, fingerprint_of(net, teacher["section"]), accuracy)
+    return FrozenTeacher(net, *constants, name, fingerprint_of(state["state_dict"], teacher["section"]), accuracy)

@@ -201,6 +201,16 @@ class Table:
         checks = self._maps[1]
         return (checks if rows is None else checks.take(rows)) != 0
 
+    def create(self) -> None:
+        """Makes the files in their full size, so that whoever looks for room sees what they will take.
+
+        Raises:
+            OSError: The disk is full or refuses for another reason.
+        """
+        for (path, size), holes in zip(self.files.items(), (True, False), strict=True):
+            file = _open(path, size, holes)
+            os.close(file)
+
     def write(self, words: Array, rows: Array) -> None:
         """Stores words `(n, words)` uint32; of a row that is given twice, the last.
 
@@ -213,11 +223,8 @@ class Table:
         runs = [(first, last, int(rows[first])) for first, last in itertools.pairwise(ends)]
         for (path, size), content in zip(self.files.items(), (words, self._check(words, rows)), strict=True):
             data, width = memoryview(content.data).cast("B"), content.nbytes // len(rows)
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            file = _open(path, size, holes=content is words)
             try:
-                # Never made shorter: another process may have it mapped.
-                if os.fstat(file).st_size < size:
-                    _extend(file, size, holes=content is words)
                 for first, last, row in runs:
                     _write_at(file, data[first * width : last * width], row * width)
             finally:
@@ -242,6 +249,18 @@ class Table:
             rows, checks = (_map(path, size) for path, size in self.files.items())
             self._maps = [rows.reshape(self.num_rows, self.words), checks]
         return True
+
+
+def _open(path: Path, size: int, holes: bool) -> int:
+    """Opens a file, which gets its full size if it has less; never less: another process may have it mapped."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        if os.fstat(file).st_size < size:
+            _extend(file, size, holes)
+    except BaseException:
+        os.close(file)
+        raise
+    return file
 
 
 def _extend(file: int, size: int, holes: bool) -> None:
@@ -291,7 +310,7 @@ def _unreadable(path: Path, error: OSError) -> InputError:
 
 def _cannot_store(folder: Path, error: OSError) -> StoreFullError:
     return StoreFullError(
-        f"{folder}: cannot store the teacher's outputs ({error.strerror}); free some room, or choose another place with"
+        f"{folder}: cannot store the teacher's outputs ({error.strerror}); mend that, or choose another place with"
         " teacher.cache_dir",
         "teacher",
     )
@@ -363,12 +382,14 @@ class TeacherStore:
         store = cls(folder, manifest, columns, max_bytes)
         keys = [None, *epochs] if num_views is None else [None]
         store._check_room([table for key in keys for table in store._tables(key)])
-        if not (folder / "manifest.json").exists():
-            try:
+        try:
+            if not (folder / "manifest.json").exists():
                 folder.mkdir(parents=True, exist_ok=True)
                 _replace(folder / "manifest.json", json.dumps(manifest, indent=4, sort_keys=True) + "\n")
-            except OSError as error:
-                raise _cannot_store(folder, error) from None
+            for table in store._tables(None) if num_views is not None else []:
+                table.create()
+        except OSError as error:
+            raise _cannot_store(folder, error) from None
         read_manifest(folder)
         return store
 
@@ -460,7 +481,9 @@ class TeacherStore:
     def num_filled(self, samples: Tensor, views: Tensor, seed: int = 0, epoch: int = 0) -> int:
         """Returns how many of the pairs of a sample `(n,)` and a view `(m,)` are stored, by their checks alone."""
         filled = 0
-        for pairs in torch.arange(len(samples) * len(views)).split(CHUNK):
+        total = len(samples) * len(views)
+        for start in range(0, total, CHUNK):
+            pairs = torch.arange(start, min(start + CHUNK, total))
             rows, tables = self._find(samples[pairs // len(views)], views[pairs % len(views)], seed, epoch)
             filled += int(np.count_nonzero(np.logical_and.reduce([table.written(rows) for table in tables])))
         return filled
@@ -787,6 +810,6 @@ def _replace(path: Path, text: str) -> None:
 
 if __name__ == "__main__":
     from process import run_main
-    from teaching import main  # the commands are about experiment directories, which this package knows nothing of
+    from stores import main  # the commands are about experiment directories, which this package knows nothing of
 
     run_main(main)

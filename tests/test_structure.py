@@ -13,7 +13,7 @@ from helpers import ROOT, committed_files
 
 SCRIPTS = ("train", "evaluate", "search_hyperparams", "synthesize_results")
 GROUND = {"utils", "process", "checkpoint", "experiment", "sources"}
-OURS = {*SCRIPTS, *GROUND, "teaching", "model", "sweep", "report"}
+OURS = {*SCRIPTS, *GROUND, "teaching", "stores", "model", "sweep", "report"}
 # room -> the rooms it may import, besides its own
 ALLOWED = {
     "utils": set(),
@@ -23,6 +23,7 @@ ALLOWED = {
     "sources": {"utils", "checkpoint", "experiment"},
     "model": set(),
     "teaching": {*GROUND, "model"},
+    "stores": {*GROUND, "model", "teaching"},
     "sweep": GROUND,
     "report": GROUND,
     **{script: OURS - set(SCRIPTS) for script in SCRIPTS},

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import json
-import runpy
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from helpers import Ended, Make, Script, merged, read_journal, snapshot
+from helpers import Make, Script, merged, read_journal, snapshot
+from PIL import Image
 from torch import Tensor
 
 import evaluate
 import experiment
-import process
 import teaching
 import train
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint
 from model.outputs import Batch, Outputs
 from model.teacher import FrozenTeacher
-from model.teacher_store import Column, TeacherStore, stores_in
+from model.teacher_store import stores_in
 
 KD = {"name": "kd", "alpha": 0.9, "temperature": 4.0}
 CROPS = ["random_resized_crop", "horizontal_flip"]
@@ -59,11 +58,6 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(FrozenTeacher, "compute", compute)
     return sizes
-
-
-def command(script: Script, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> Ended:
-    """Runs `python -m model.teacher_store`."""
-    return script(teaching, *arguments)
 
 
 def weights(folder: Path) -> list[Tensor]:
@@ -337,7 +331,7 @@ def test_a_fast_teacher_that_scores_otherwise_is_not_used(
     monkeypatch.setattr(FrozenTeacher, "fast", spoilt)
     ended = script(train, "--model_dir", other)
     assert ended.status == 0
-    assert "it computes in fp32, as it was trained" in ended.err
+    assert "so it computes in fp32, as it was trained" in ended.err
     for a, b in zip(read_journal(plain), read_journal(other), strict=True):
         assert b["train"]["loss"] == pytest.approx(a["train"]["loss"], rel=1e-4)
 
@@ -351,93 +345,120 @@ def test_evaluate_finds_what_a_run_with_a_store_found(script: Script, make_stude
     assert {key: found[key] for key in best} == best
 
 
-# --- the commands ---------------------------------------------------------------------------------------------
+# --- found by reading: what a run must not lose, and what it must not take for the same ------------------------
 
 
-def test_fill_status_and_verify_of_a_students_or_the_teachers_directory(
-    script: Script, make_student: Make, teacher: Path
-) -> None:
-    student = make_student("student", {"cache": "lazy"}, dataset={"augmentation": "flip"})
-    assert "has no stored answers" in script(teaching, "status", student).out
-    ended = script(teaching, "fill", student)
-    assert (ended.status, ended.out.splitlines()[-1]) == (0, f"{144 * 2 + 16} answers computed")
-    assert script(teaching, "fill", student).out.splitlines()[-1] == "0 answers computed"
-    ended = script(teaching, "fill", teacher, "--overrides", "dataset.augmentation=flip")  # the same images, as it is
-    assert ended.out.splitlines()[-1] == "0 answers computed"
-    for folder in (student, teacher):
-        ended = script(teaching, "status", folder)
-        assert "| logits-4-fp16 | fp32        | 304 of 320 |" in ended.out
-        assert ended.out.splitlines()[-1].endswith("| yes      |")
-    ended = script(teaching, "verify", student, "--fraction", 1)
-    assert ended.status == 0
-    assert "304 answers computed again" in ended.out
-    assert ", 0 wrong, 0 damaged" in ended.out
-
-
-@pytest.mark.parametrize("augmentation", ["flip", CROPS], ids=["numbered", "drawn"])
-def test_verify_finds_answers_that_are_not_the_teachers(
-    augmentation: Any, script: Script, make_student: Make, teacher: Path
-) -> None:
-    student = make_student("student", {"cache": "lazy"}, dataset={"augmentation": augmentation}, num_epochs=1)
+def test_a_store_without_room_is_found_before_restart_removes_anything(script: Script, make_student: Make) -> None:
+    student = make_student("student", {"cache": "lazy"})
     script(train, "--model_dir", student)
-    assert script(teaching, "verify", student, "--fraction", 1).status == 0
-    [(folder, _)] = stores_in(teacher / "store")
-    store = TeacherStore.existing(folder, [Column("logits", 4, "fp16")])
-    samples, views = torch.arange(5), torch.full((5,), 0 if augmentation == "flip" else -1)
-    store.write({"logits": torch.rand(5, 4)}, samples, views, seed=1, epoch=0)
-    ended = script(teaching, "verify", student, "--fraction", 1)
-    assert ended.status == 1
-    assert "5 stored answers are wrong" in ended.err.splitlines()[-1]
-
-
-def test_verify_says_what_is_lost_where_only_the_largest_logits_are_kept(
-    script: Script, make_student: Make, teacher: Path
-) -> None:
-    student = make_student("student", {"cache": "lazy", "top_k": 2}, num_epochs=1)
-    script(train, "--model_dir", student)
-    ended = script(teaching, "verify", student, "--fraction", 1)
-    assert ended.status == 0
-    assert ", 0 wrong, 0 damaged" in ended.out
-    lines = [line for line in ended.out.splitlines() if line.startswith("keeping the largest logits only")]
-    means = [float(line.split("mean ")[1].split(",")[0]) for line in lines]
-    assert [line.split(" at T ")[1][0] for line in lines] == ["1", "4"]
-    assert all(0 < mean < 0.5 for mean in means)
-
-
-def test_gc_removes_what_no_weights_here_have_answered(script: Script, make_student: Make, teacher: Path) -> None:
-    script(train, "--model_dir", make_student("first", {"cache": "lazy"}))
-    assert "0.000 GB freed" in script(teaching, "gc", teacher).out
-    assert len(stores_in(teacher / "store")) == 1
-    script(train, "--model_dir", teacher, "--restart", "--seed", 5)
-    assert "no: other weights" in script(teaching, "status", teacher).out
-    script(train, "--model_dir", make_student("second", {"cache": "lazy"}))
-    assert len(stores_in(teacher / "store")) == 2
-    assert script(teaching, "gc", teacher).status == 0
-    assert len(stores_in(teacher / "store")) == 1
-    assert len(list((teacher / "store").glob("accuracy_*.json"))) == 1
-    assert script(teaching, "gc", teacher, "--all").status == 0
-    assert snapshot(teacher / "store") == {}
-
-
-def test_gc_keeps_everything_where_nothing_says_what_is_of_use(
-    script: Script, make_student: Make, teacher: Path
-) -> None:
-    script(train, "--model_dir", make_student("first", {"cache": "lazy"}, num_epochs=1))
-    for path in teacher.glob("*.pth.tar"):
-        path.unlink()
-    ended = script(teaching, "gc", teacher)
+    before = snapshot(student)
+    overrides = ["--overrides", "teacher.cache=full", "teacher.max_gb=1e-6", "teacher.top_k=2"]
+    ended = script(train, "--model_dir", student, "--restart", *overrides)
     assert ended.status == 2
-    assert "--all removes every one" in ended.err
-    assert len(stores_in(teacher / "store")) == 1
+    assert snapshot(student) == before
 
 
-def test_the_commands_are_started_as_a_module(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_with_top_k_a_store_without_room_ends_a_lazy_run_too(script: Script, make_student: Make) -> None:
+    # Without the rows the student would learn from whole logits: another loss, depending on a disk.
+    ended = script(train, "--model_dir", make_student("lazy", {"cache": "lazy", "top_k": 2, "max_gb": 1e-6}))
+    assert ended.status == 2
+    assert "raise teacher.max_gb" in ended.err
+
+
+def test_a_run_does_not_go_on_with_other_parts_of_the_answers(script: Script, make_student: Make) -> None:
+    student = make_student("student", {"cache": "off", "top_k": 2}, num_epochs=1)
+    script(train, "--model_dir", student)
+    ended = script(train, "--model_dir", student, "--overrides", "num_epochs=2", "teacher.cache=lazy")
+    assert ended.status == 2
+    assert "the part of the teacher's answers that is kept (teacher.top_k, with teacher.cache) is not what" in ended.err
+
+
+def test_a_run_that_goes_on_with_rounded_answers_says_so(script: Script, make_student: Make) -> None:
+    student = make_student("student", num_epochs=1)
+    script(train, "--model_dir", student)
+    ended = script(train, "--model_dir", student, "--overrides", "num_epochs=2", "teacher.cache=lazy")
+    assert ended.status == 0
+    assert "the last bits will differ from those of an uninterrupted run: answers as computed -> fp16" in ended.err
+
+
+def test_a_teacher_that_overflows_in_fp16_computes_in_fp32(script: Script, make_student: Make, teacher: Path) -> None:
+    state, _ = load_checkpoint(teacher / "best.pth.tar")
+    state["state_dict"]["linear.weight"] *= 1e6
+    save_checkpoint(teacher / "best.pth.tar", state)
+    ended = script(train, "--model_dir", make_student("student", precision="fp16", num_epochs=1))
+    assert "so it computes in fp32, as it was trained" in ended.err
+    assert "training diverged" not in ended.err
+
+
+def test_teachers_that_share_a_folder_for_stores_do_not_share_stores(
+    script: Script, make_student: Make, make_experiment: Make, teacher: Path, tmp_path: Path, asked: list[int]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["teacher_store", "status", "missing"])
-    monkeypatch.delitem(sys.modules, "model.teacher_store")
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_module("model.teacher_store", run_name="__main__")
-    assert ended.value.code == 2
-    assert "missing/params.json" in capsys.readouterr().err
-    assert process.log.name == "kdlab"
+    options = {"cache": "lazy", "cache_dir": str(tmp_path / "shared")}
+    script(train, "--model_dir", make_student("first", options, num_epochs=1))
+    other = make_experiment("other_teacher", student={"width": 8}, seed=9)
+    script(train, "--model_dir", other)
+    second = make_student("second", {**options, "model_dir": str(other)}, num_epochs=1)
+    assert script(train, "--model_dir", second).status == 0
+    folders = sorted(path.name for path in (tmp_path / "shared").iterdir())
+    assert [name.rpartition("-")[0] for name in folders] == ["other_teacher", "teacher"]
+    assert not (teacher / "store").exists()
+
+
+def test_where_nothing_may_be_written_a_lazy_run_does_without(
+    script: Script, make_student: Make, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    plain = make_student("plain")
+    lazy = make_student("lazy", {"cache": "lazy", "cache_dir": str(tmp_path / "file")})
+    script(train, "--model_dir", plain)
+    ended = script(train, "--model_dir", lazy)
+    assert ended.status == 0
+    assert "the teacher is asked in every step" in ended.err
+    assert same(plain, lazy)
+
+
+@pytest.mark.parametrize("validate_on", ["val", "test"])
+def test_validation_images_of_another_list_have_a_store_of_their_own(
+    validate_on: str, script: Script, make_student: Make, teacher: Path, asked: list[int]
+) -> None:
+    changes: dict[str, Any] = {"dataset": {"validate_on": validate_on}, "num_epochs": 1}
+    for name in ("first", "second"):
+        asked.clear()
+        assert script(train, "--model_dir", make_student(name, {"cache": "lazy"}, **changes)).status == 0
+    assert asked == []
+    assert len(stores_in(teacher / "store")) == (1 if validate_on == "val" else 2)
+
+
+def test_the_last_weights_of_a_teacher_have_a_store_of_their_own(
+    script: Script, make_student: Make, teacher: Path, asked: list[int]
+) -> None:
+    script(train, "--model_dir", make_student("best", {"cache": "lazy"}, num_epochs=1))
+    best, last = (load_checkpoint(teacher / f"{name}.pth.tar")[0]["epoch"] for name in ("best", "last"))
+    asked.clear()
+    script(train, "--model_dir", make_student("last", {"cache": "lazy", "restore_file": "last"}, num_epochs=1))
+    assert bool(asked) == (best != last)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["in memory", "in files"])
+def test_images_that_were_changed_in_place_are_other_images(
+    stream: bool, script: Script, make_experiment: Make, tmp_path: Path, asked: list[int]
+) -> None:
+    for split in ("train", "test"):
+        for number, name in enumerate(("ant", "bee")):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for position in range(10):
+                pixels = np.full((16, 16, 3), 40 * number + position, np.uint8)
+                Image.fromarray(pixels).save(folder / f"{position}.bmp")
+    dataset = {"name": "image_folder", "data_dir": str(tmp_path / "images"), "image_size": 16, "batch_size": 8}
+    dataset |= {"stream": stream, "augmentation": "flip", "num_workers": 0}
+    script(train, "--model_dir", teacher := make_experiment("t", dataset=dataset, num_epochs=1))
+    section = {"model_dir": str(teacher), "cache": "lazy"}
+    for name in ("first", "second", "third"):
+        asked.clear()
+        student = make_experiment(name, dataset=dataset, num_epochs=1, loss=KD, teacher=section)
+        assert script(train, "--model_dir", student).status == 0
+        assert bool(asked) == (name != "second")
+        changed = tmp_path / "images" / "train" / "ant" / "3.bmp"  # of the same size
+        if name == "second":
+            Image.fromarray(np.full((16, 16, 3), 200, np.uint8)).save(changed)

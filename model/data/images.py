@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +15,6 @@ from torch import Tensor
 
 from model.data.decode import Array, cut_centre, read_image
 from model.errors import InputError
-
-if TYPE_CHECKING:
-    from hashlib import _Hash
-
 
 # The customary constants and augmentation of photographs that are too many to be looked at first.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -58,12 +56,18 @@ class Split:
         """Returns an image, `(C, H, W)` uint8; it is whole anyway."""
         return self.images[index]
 
-    def update(self, digest: _Hash, indices: Tensor) -> None:
+    def update(self, digest: hashlib._Hash, indices: Tensor) -> None:
         """Adds the samples at `indices`, every pixel of them, to a digest."""
         digest.update(repr((len(indices), self.shape)).encode())
         for some in indices.split(4096):  # a part at a time: no second copy of a large dataset
             digest.update(self.images[some].cpu().contiguous().numpy().data)
             digest.update(self.labels[some].cpu().numpy().data)
+
+    def fingerprint(self) -> str:
+        """Returns the SHA-256 of all samples, every pixel of them."""
+        digest = hashlib.sha256()
+        self.update(digest, torch.arange(len(self)))
+        return digest.hexdigest()
 
     def to(self, device: torch.device) -> Split:
         """Returns the split on `device`: itself, without a copy, where it is there already."""
@@ -86,6 +90,7 @@ class FileSplit:
         labels: `(N,)` int64.
         image_size: Height and width of what is shown.
         resize_size: Of the shorter side, before the centre is cut out; at least `image_size`.
+        origin: What tells these files from those that have stood here at another time.
 
     Raises:
         InputError: `resize_size` is too small.
@@ -97,6 +102,7 @@ class FileSplit:
     labels: Tensor
     image_size: int
     resize_size: int
+    origin: str = ""
 
     def __post_init__(self) -> None:
         if self.resize_size < self.image_size:
@@ -124,7 +130,7 @@ class FileSplit:
             image = cut_centre(image, self.resize_size, self.image_size)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
-    def update(self, digest: _Hash, indices: Tensor) -> None:
+    def update(self, digest: hashlib._Hash, indices: Tensor) -> None:
         """Adds path, size and label of the files at `indices` to a digest.
 
         Not their content: nobody waits at every start until 150 GB are read.
@@ -134,11 +140,17 @@ class FileSplit:
         for file in zip(some.paths.tolist(), some.sizes.tolist(), some.labels.tolist(), strict=True):
             digest.update(repr(file).encode())
 
+    def fingerprint(self) -> str:
+        """Returns the SHA-256 of all files as they are: path, size, label, time of change; and of what decodes them."""
+        digest = hashlib.sha256(f"{self.origin} pillow {importlib.metadata.version('pillow')}".encode())
+        self.update(digest, torch.arange(len(self)))
+        return digest.hexdigest()
+
     def select(self, positions: Tensor) -> FileSplit:
         """Returns the samples at `positions`, in that order."""
         # numpy takes a tensor of one element for a number
         part = self.paths[positions.numpy()], self.sizes[positions], self.labels[positions]
-        return FileSplit(self.folder, *part, self.image_size, self.resize_size)
+        return FileSplit(self.folder, *part, self.image_size, self.resize_size, self.origin)
 
 
 AnySplit = Split | FileSplit

@@ -42,7 +42,7 @@ class Listing:
         """Returns the split whose files are decoded when they are due; `resize_size` None is `image_size`."""
         paths = np.array([os.fsencode(name) for name in self.names])
         sizes, labels = torch.tensor(self.sizes), torch.tensor(self.labels)
-        return FileSplit(self.folder, paths, sizes, labels, image_size, resize_size or image_size)
+        return FileSplit(self.folder, paths, sizes, labels, image_size, resize_size or image_size, self.manifest)
 
 
 def list_files(

@@ -183,15 +183,15 @@ def test_its_fingerprint_is_that_of_options_weights_and_statistics() -> None:
     net = net_of()
     one = create_teacher(state_of(net), SECTION, RECORD).fingerprint
     assert one == create_teacher(state_of(net), SECTION, RECORD).fingerprint
-    assert one == fingerprint_of(net, RECORD["section"])
+    assert one == fingerprint_of(net.state_dict(), RECORD["section"])
     others = {
-        fingerprint_of(net, RECORD["section"] | {"dropout_rate": 0.1}),
-        fingerprint_of(net_of(1), RECORD["section"]),
+        fingerprint_of(net.state_dict(), RECORD["section"] | {"dropout_rate": 0.1}),
+        fingerprint_of(net_of(1).state_dict(), RECORD["section"]),
     }
     for name in ("conv1.weight", "bn2.running_var", "linear.bias"):
         changed = net_of()
         changed.state_dict()[name].view(-1)[0] += 1e-6
-        others.add(fingerprint_of(changed, RECORD["section"]))
+        others.add(fingerprint_of(changed.state_dict(), RECORD["section"]))
     assert len({one, *others}) == 6
 
 
