@@ -12,6 +12,8 @@ from report.collect import STATES, Row
 if TYPE_CHECKING:
     import pandas as pd  # at run time only where a table is made: it takes as long to import as 1,000 rows to read
 
+# Options of how a run is computed, not of what: no columns.
+HOW = {"compile", "teacher.cache", "teacher.cache_dir", "teacher.max_gb"}
 MAX_CELL = 100  # characters: one long list would pad every line of the table
 
 
@@ -48,7 +50,7 @@ def sort_rows(rows: Sequence[Row], by: str = "val_accuracy") -> list[Row]:
 def differing_options(rows: Sequence[Row]) -> dict[str, str]:
     """Returns the chosen options that are not the same in all rows: dotted key -> header, as short as is unique."""
     known = [row.options for row in rows if row.options]  # a params.json that cannot be read differs in nothing
-    chosen = {key for row in rows for key in row.written}
+    chosen = {key for row in rows for key in row.written} - HOW
     keys = [key for key in sorted(chosen) if len({options.get(key) for options in known}) > 1]
     uses = Counter(map(_short, keys)) + Counter([*DIGITS, "experiment", "status"])
     return {key: short if uses[short := _short(key)] == 1 else key for key in keys}

@@ -173,3 +173,8 @@ def test_a_summary_counts_every_state() -> None:
     rows = [row("a"), row("b"), row("c", None, "failed at epoch 3"), row("d", None, "unreadable: x")]
     assert summary(rows) == "4 experiments: 2 completed, 1 failed, 1 unreadable"
     assert summary(rows[:1]) == "1 experiment: 1 completed"
+
+
+def test_how_a_run_is_computed_is_no_column() -> None:
+    rows = [row("a", teacher__cache="lazy", teacher__top_k=3), row("b", teacher__cache="off", compile="on")]
+    assert list(differing_options(rows)) == ["teacher.top_k"]
