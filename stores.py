@@ -21,7 +21,7 @@ from model.losses import LOSSES
 from model.losses.base import Loss
 from model.teacher import FrozenTeacher, create_teacher, fingerprint_of
 from model.teacher_store import Column, top_k_error
-from process import log, set_logger
+from process import log, run_main, set_logger
 from sources import load_teacher_checkpoint
 from teaching import faster, fill, open_stores, root_of
 from utils import FAILED, OK, Params, RunError, apply_overrides, read_json
@@ -217,3 +217,7 @@ def difference(column: Column, stored: Tensor, again: Tensor) -> Tensor:
         apart = [((stored / t).softmax(1) - (again / t).softmax(1)).abs().sum(1) / 2 for t in (1, 4)]
         return torch.maximum(*apart)
     return (stored - again).norm(dim=1) / again.norm(dim=1).clamp_min(1e-6)
+
+
+if __name__ == "__main__":
+    run_main(main)

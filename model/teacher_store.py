@@ -24,6 +24,7 @@ import math
 import mmap
 import os
 import re
+import runpy
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -809,7 +810,5 @@ def _replace(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    from process import run_main
-    from stores import main  # the commands are about experiment directories, which this package knows nothing of
-
-    run_main(main)
+    # The commands are about experiment directories, of which this package knows nothing: a script of their own.
+    runpy.run_module("stores", run_name="__main__")

@@ -53,14 +53,9 @@ def sources() -> list[Path]:
 
 
 def imports(path: Path) -> list[str]:
-    """Returns the dotted names of our own modules that a file imports, at any depth of its code.
-
-    What `python -m` starts, at the end of a file, is no part of the module.
-    """
+    """Returns the dotted names of our own modules that a file imports, at any depth of its code."""
     found = []
-    tree = ast.parse(path.read_text())
-    tree.body = [node for node in tree.body if not ast.unparse(node).startswith("if __name__ == '__main__':")]
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
