@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TINY, Ended, Script, merged
+from helpers import TINY, Ended, Make, Script, merged
 
 from process import run_main
 
@@ -64,5 +64,28 @@ def make_experiment(tmp_path: Path) -> Callable[..., Path]:
         folder.mkdir(parents=True)
         (folder / "params.json").write_text(json.dumps(merged(TINY, changes)))
         return folder
+
+    return make
+
+
+@pytest.fixture
+def teacher(script: Script, make_experiment: Make) -> Path:
+    """A trained experiment directory."""
+    import train  # here: not every test needs it
+
+    folder = make_experiment("teacher", student={"width": 8})
+    assert script(train, "--model_dir", folder).status == 0
+    return folder
+
+
+@pytest.fixture
+def make_student(make_experiment: Make, teacher: Path) -> Callable[..., Path]:
+    """Writes a student of that teacher: `make_student("a", {"cache": "lazy"}, seed=2)`."""
+
+    def make(name: str, options: dict[str, Any] | None = None, **changes: Any) -> Path:
+        section = {"model_dir": str(teacher), **(options or {})}
+        return make_experiment(
+            name, **merged({"loss": {"name": "kd", "alpha": 0.9, "temperature": 4.0}, "teacher": section}, changes)
+        )
 
     return make

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import runpy
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import Make, Script, merged, snapshot
+from helpers import Make, Script, snapshot
 
 import stores
 import train
@@ -19,24 +18,6 @@ from model.teacher_store import Column, TeacherStore, stores_in
 
 KD = {"name": "kd", "alpha": 0.9, "temperature": 4.0}
 CROPS = ["random_resized_crop", "horizontal_flip"]
-
-
-@pytest.fixture
-def teacher(script: Script, make_experiment: Make) -> Path:
-    folder = make_experiment("teacher", student={"width": 8})
-    assert script(train, "--model_dir", folder).status == 0
-    return folder
-
-
-@pytest.fixture
-def make_student(make_experiment: Make, teacher: Path) -> Callable[..., Path]:
-    """Writes a student of that teacher: `make_student("a", {"cache": "lazy"}, seed=2)`."""
-
-    def make(name: str, options: dict[str, Any] | None = None, **changes: Any) -> Path:
-        section = {"model_dir": str(teacher), **(options or {})}
-        return make_experiment(name, **merged({"loss": KD, "teacher": section}, changes))
-
-    return make
 
 
 def test_fill_status_and_verify_of_a_students_or_the_teachers_directory(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import Make, Script, merged, read_journal, snapshot
+from helpers import Make, Script, read_journal, snapshot
 from PIL import Image
 from torch import Tensor
 
@@ -26,24 +25,6 @@ from model.teacher_store import stores_in
 
 KD = {"name": "kd", "alpha": 0.9, "temperature": 4.0}
 CROPS = ["random_resized_crop", "horizontal_flip"]
-
-
-@pytest.fixture
-def teacher(script: Script, make_experiment: Make) -> Path:
-    folder = make_experiment("teacher", student={"width": 8})
-    assert script(train, "--model_dir", folder).status == 0
-    return folder
-
-
-@pytest.fixture
-def make_student(make_experiment: Make, teacher: Path) -> Callable[..., Path]:
-    """Writes a student of that teacher: `make_student("a", {"cache": "lazy"}, seed=2)`."""
-
-    def make(name: str, options: dict[str, Any] | None = None, **changes: Any) -> Path:
-        section = {"model_dir": str(teacher), **(options or {})}
-        return make_experiment(name, **merged({"loss": KD, "teacher": section}, changes))
-
-    return make
 
 
 @pytest.fixture
