@@ -551,9 +551,10 @@ def test_a_process_that_is_killed_ends_the_run_which_resumes_bitwise(make_experi
         [follower] = [pid for pid in map(int, children) if pid != writer]
         os.kill(follower, signal.SIGKILL)
         _, err = process.communicate(timeout=60)
-    assert err.count("another process of this run has ended, see what it said") == 1
+    told = err.count("another process of this run has ended, see what it said")
     run = json.loads((cut / "run.json").read_text())
-    assert (run["status"], run["reason"]) == ("failed", "worker")
+    # torchrun ends the others as soon as it sees that one has gone: that may be before they see it.
+    assert (run["status"], run["reason"], told) in (("failed", "worker", 1), ("interrupted", "signal", 0))
     subprocess.run(torchrun(2, "--model_dir", cut), capture_output=True, check=True, timeout=120)
     assert_same_run(whole, cut)
 
