@@ -355,7 +355,7 @@ class TeacherStore:
         max_bytes: int | None = None,
         epochs: Iterable[tuple[int, int]] = (),
     ) -> TeacherStore:
-        """Opens the store of a manifest, and creates it where there is none.
+        """Opens the store of a manifest, and creates it where there is none: in full size, so that others see that.
 
         Args:
             root: The folder of all stores of a teacher.
@@ -407,11 +407,6 @@ class TeacherStore:
     def num_rows(self) -> int:
         """Rows of a table."""
         return self.num_samples * (self.num_views or 1)
-
-    @property
-    def bytes(self) -> int:
-        """The size of a full table of each column; where views have no numbers, of one epoch."""
-        return sum(table.bytes for table in self._tables(None))
 
     def read(self, samples: Tensor, views: Tensor, seed: int = 0, epoch: int = 0) -> tuple[dict[str, Tensor], Tensor]:
         """Returns what is stored.
