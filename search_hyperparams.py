@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from process import log, run_main, set_logger
-from sweep.launchers import Local
+from sweep.launchers.local import Local
 from sweep.study import check, check_sources, plan, run, table, write
 from utils import OK
 

@@ -27,7 +27,7 @@ import utils
 from experiment import MAY_CHANGE, read_status
 from process import StopSignals, log
 from sources import find_initial, find_teacher
-from sweep import launchers
+from sweep.launchers import base
 from sweep.space import Point, grid, name_points, read_space, show
 from utils import RunError, read_json
 
@@ -152,7 +152,7 @@ def check(children: Sequence[Child]) -> None:
         write(copies)
         for start in range(0, len(copies), CHECKED_AT_ONCE):
             names = [str(copied.dir) for copied in copies[start : start + CHECKED_AT_ONCE]]
-            command = [sys.executable, str(launchers.TRAIN), "--check", "--model_dir", *names]
+            command = [sys.executable, str(base.TRAIN), "--check", "--model_dir", *names]
             done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
             if done.returncode:
                 lines += done.stderr.splitlines() or [f"train.py --check: {describe(done.returncode)}"]
@@ -228,7 +228,7 @@ class Tally:
         log.info("best: %s", self.best[1])
 
 
-def run(children: Sequence[Child], launcher: launchers.Launcher) -> int:
+def run(children: Sequence[Child], launcher: base.Launcher) -> int:
     """Runs the children that need it, `launcher.slots` at a time, whatever becomes of each.
 
     Returns:

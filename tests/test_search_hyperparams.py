@@ -20,8 +20,8 @@ ROOT = Path(__file__).parent.parent
 WITH_STUB = f"""
 import pathlib, sys
 sys.path.insert(0, {str(ROOT)!r})
-import process, search_hyperparams, sweep.launchers
-sweep.launchers.TRAIN = pathlib.Path({str(ROOT / "tests/sweep/stub_train.py")!r})
+import process, search_hyperparams, sweep.launchers.base
+sweep.launchers.base.TRAIN = pathlib.Path({str(ROOT / "tests/sweep/stub_train.py")!r})
 def main():
     status = search_hyperparams.main()
     if "torch" in sys.modules:

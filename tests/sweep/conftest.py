@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from process import log
-from sweep import launchers, study
+from sweep import study
+from sweep.launchers import base
 
 PARAMS = {
     "num_epochs": 3,
@@ -21,7 +22,7 @@ PARAMS = {
 @pytest.fixture(autouse=True)
 def stub_train(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(launchers, "TRAIN", Path(__file__).with_name("stub_train.py"))
+    monkeypatch.setattr(base, "TRAIN", Path(__file__).with_name("stub_train.py"))
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ parser.add_argument("--model_dir", type=Path, nargs="+", required=True)
 parser.add_argument("--check", action="store_true")
 parser.add_argument("--quiet", action="store_true")
 parser.add_argument("--device", default="auto")
+parser.add_argument("--restart", action="store_true")
 args = parser.parse_args()
 
 if args.check:

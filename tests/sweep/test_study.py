@@ -13,7 +13,7 @@ from filelock import FileLock
 import search_hyperparams
 from model.legacy import as_sections
 from sweep import study
-from sweep.launchers import Local
+from sweep.launchers.local import Local
 from sweep.study import Child, check, check_sources, plan, run, table, write
 from utils import RunError
 

@@ -1,36 +1,15 @@
-"""Where children run. Another place than this machine is another class with the same three verbs."""
+"""Processes on this machine."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import signal
-import sys
-import time
 from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen
-from typing import Protocol
 
 from process import available_cores
-
-TRAIN = Path(__file__).resolve().parent.parent / "train.py"
-
-
-class Launcher(Protocol):
-    """Runs `train.py` on directories; what it prints is appended to their console.log, below the command."""
-
-    slots: int  # how many may run at a time
-
-    def submit(self, model_dir: Path) -> None:
-        """Starts a run and returns at once; an OSError says why it cannot start."""
-
-    def poll(self) -> dict[Path, int]:
-        """Returns the runs that have ended since the last call with their exit statuses, -n for signal n."""
-        ...
-
-    def cancel(self, model_dir: Path, force: bool = False) -> None:
-        """Asks a run to save and end, or with `force` ends it at once; `poll` tells when it has."""
+from sweep.launchers import base
 
 
 class Local:
@@ -41,6 +20,8 @@ class Local:
         device: Handed to train.py.
     """
 
+    queues = False
+
     def __init__(self, slots: int = 1, device: str = "auto") -> None:
         self.slots = slots
         # Children that take all cores each are slower together than one after the other.
@@ -48,16 +29,17 @@ class Local:
         self._device = device
         self._running: dict[Path, Popen[bytes]] = {}
 
-    def submit(self, model_dir: Path) -> None:
-        command = [sys.executable, str(TRAIN), "--model_dir", str(model_dir), "--quiet", "--device", self._device]
+    def submit(self, model_dir: Path, restart: bool = False) -> None:
+        command = base.command(model_dir, self._device, restart)
         with (model_dir / "console.log").open("ab") as console:
-            console.write(
-                f"--- {time.strftime('%Y-%m-%dT%H:%M:%S%z')} {shlex.join(command)}\n".encode(errors="replace")
-            )
+            console.write(base.heading(command))
             console.flush()
             self._running[model_dir] = Popen(
                 command, stdin=DEVNULL, stdout=console, stderr=STDOUT, env=self._environment, start_new_session=True
             )
+
+    def adopt(self, model_dir: Path) -> bool:
+        return False  # nothing here remembers what an earlier search has started; the locks do
 
     def poll(self) -> dict[Path, int]:
         ended = {path: process.returncode for path, process in self._running.items() if process.poll() is not None}
@@ -69,3 +51,6 @@ class Local:
     def cancel(self, model_dir: Path, force: bool = False) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._running[model_dir].pid, signal.SIGKILL if force else signal.SIGTERM)
+
+    def close(self) -> None:
+        pass

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sweep.launchers import Local
+from sweep.launchers.local import Local
 
 
 def wait(launcher: Local) -> dict[Path, int]:
