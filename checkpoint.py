@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import pickle
 import re
 import zipfile
@@ -107,6 +108,14 @@ def _read_foreign(state: Any, unusable: Callable[[str], RunError]) -> dict[str, 
         "epoch": epoch if isinstance(epoch, int) else 0,
         "step": 0,
     }
+
+
+def has_trailer(path: Path) -> bool:
+    """Tells whether a file ends as ours do, at a glance: it needs no torch, and does not look whether it is whole."""
+    size = len(MAGIC) + 32
+    with path.open("rb") as file:
+        file.seek(-min(size, path.stat().st_size), os.SEEK_END)
+        return file.read().startswith(MAGIC)
 
 
 def is_foreign(path: Path) -> bool:

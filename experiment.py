@@ -30,7 +30,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from checkpoint import is_foreign, load_checkpoint, save_checkpoint
+from checkpoint import has_trailer, is_foreign, load_checkpoint, save_checkpoint
 from process import StopSignals, log, provenance
 from utils import (
     FAILED,
@@ -68,8 +68,7 @@ CALLED = {  # in messages
     "answers": "part of the teacher's answers that is kept (teacher.top_k, with teacher.cache)",
 }
 KEPT = "kept_"  # before the names of checkpoints that training would have written over
-WRITTEN = (
-    "run.json",
+WRITTEN = (  # in the order in which it is removed
     "metrics.jsonl",
     "metrics_*.json",
     "*_weights.csv",
@@ -81,6 +80,7 @@ WRITTEN = (
     "*_temp*_*.txt",
     "curves.png",
     "events.out.tfevents.*",
+    "run.json",
 )
 
 
@@ -194,11 +194,9 @@ class Experiment:
         try:
             for litter in self.dir.glob(".*.tmp"):
                 litter.unlink(missing_ok=True)
-            self._keep_strangers(allowed=restart or set_aside)
+            self._keep_strangers(self.strangers(), allowed=restart or set_aside)
             if restart:
-                for pattern in WRITTEN:
-                    for path in self.dir.glob(pattern):
-                        path.unlink()
+                self._remove_results()
             run = self._read_run()
             self._refuse_other_params(run, params)
             state = self._load(run.get("epoch", 0))
@@ -303,7 +301,32 @@ class Experiment:
         save_checkpoint(self.last, {**state, **extra})
         self._saved = time.monotonic()
 
+    def clear(self) -> None:
+        """Removes what runs have written here, except logs; checkpoints that they have not written are kept aside."""
+        with self._acquire():
+            present = [path for path in (self.last, self.best_file) if path.exists()]
+            self._keep_strangers([path for path in present if not has_trailer(path)], allowed=True)
+            self._remove_results()
+
+    def mark(self, status: str, reason: str | None = None) -> None:
+        """Changes how the last attempt is recorded to have ended, for who has ended it and knows why.
+
+        Nothing is done where another process has the directory meanwhile.
+        """
+        with contextlib.suppress(RunError), self._acquire():
+            run = self._read_run()
+            run["attempts"][-1:] = [{**attempt, "status": status, "reason": reason} for attempt in run["attempts"][-1:]]
+            write_json(self.dir / "run.json", {**run, "status": status, "reason": reason})
+
     # --- what stands behind them ---
+
+    def _remove_results(self) -> None:
+        path = self.dir / "run.json"
+        if path.exists():  # it goes last, and until then it claims nothing: a crash must not leave a completed run
+            write_json(path, {"status": "interrupted", "reason": "removed", "epoch": 0})
+        for pattern in WRITTEN:
+            for path in self.dir.glob(pattern):
+                path.unlink()
 
     def _acquire(self) -> FileLock:
         lock = FileLock(self.dir / ".lock", timeout=LOCK_SECONDS)
@@ -365,8 +388,7 @@ class Experiment:
             link_file(self.prev, self.last)
             return state
 
-    def _keep_strangers(self, allowed: bool) -> None:
-        strangers = self.strangers()
+    def _keep_strangers(self, strangers: Sequence[Path], allowed: bool) -> None:
         if strangers and not allowed:
             path = strangers[0]
             line = f"{path}: no run of this directory has written it, and training would replace it"

@@ -9,47 +9,169 @@ The same command again skips what is finished and goes on with the rest.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+import utils
 from process import log, run_main, set_logger
-from sweep.launchers.local import Local
-from sweep.study import check, check_sources, plan, run, table, write
-from utils import OK
+from sweep.children import RERUN, Child, Planner, check, check_sources, table, write
+from sweep.launchers import LAUNCHERS, create_launcher
+from sweep.launchers.base import Launcher
+from sweep.space import cover, describe, grid
+from sweep.study import Rules, Study, status_of
+from sweep.trials import Adaptive, Fixed, Trials, open_tuner, rehearse, warn_of_objective
+from sweep.view import View, text
+from utils import OK, TEMPORARY, RunError
+
+SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def duration(given: str) -> float:
+    """Returns seconds of a text such as 90, 90s, 15m, 8h or 2d."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", given)
+    if not found or float(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{given!r} is not a time such as 90s, 15m, 8h or 2d")
+    return float(found[1]) * SECONDS[found[2]]
+
+
+def whole(minimum: int) -> Callable[[str], int]:
+    """Returns a reader of whole numbers from a minimum on."""
+
+    def read(given: str) -> int:
+        if not given.isdecimal() or int(given) < minimum:
+            raise argparse.ArgumentTypeError(f"{given!r} is no whole number from {minimum} on")
+        return int(given)
+
+    return read
 
 
 def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parent_dir", type=Path, required=True, help="directory that holds params.json, search.json")
-    parser.add_argument("--jobs", type=int, default=1, help="how many to train at a time (default 1)")
     parser.add_argument("--overrides", nargs="+", default=[], metavar="KEY=VALUE", help="changes for every child")
-    parser.add_argument("--device", default="auto", help="as for train.py: auto (default), cpu, cuda, ...")
-    parser.add_argument("--dry_run", action="store_true", help="only show what would be done")
-    args = parser.parse_args(arguments)
-    if args.jobs < 1:
-        parser.error(f"argument --jobs: {args.jobs} is below 1")
-    return args
+    what = parser.add_argument_group("what is tried; each replaces what search.json says")
+    what.add_argument("--strategy", choices=("grid", "random", "tpe"), help="how points are chosen")
+    what.add_argument("--max_trials", type=whole(1), metavar="N", help="how many points in all, earlier ones included")
+    what.add_argument("--seeds", type=whole(0), nargs="+", metavar="SEED", help="train every point with each of them")
+    where = parser.add_argument_group("where it runs")
+    where.add_argument("--jobs", type=whole(1), metavar="N", help="how many at a time (default: one, or one per GPU)")
+    where.add_argument("--device", default="auto", help="as for train.py: auto (default), cpu, cuda, ...")
+    where.add_argument("--gpus", default="auto", metavar="IDS", help="auto (default), none, or such as 0,1")
+    where.add_argument("--jobs_per_gpu", type=whole(1), metavar="N", help="how many share a GPU (default 1)")
+    where.add_argument("--launcher", choices=LAUNCHERS, default="local", help="default: local, this machine")
+    where.add_argument("--launcher_options", nargs="+", default=[], metavar="KEY=VALUE", help="see docs/clusters.md")
+    how = parser.add_argument_group("what happens when not all goes well")
+    how.add_argument("--rerun", choices=RERUN, default="none", help="failed: try again what failed; stale: begin anew "
+                     "what was stopped, instead of going on; all: give all results up")  # fmt: skip
+    how.add_argument("--force", action="store_true", help="give up results of children that had other params")
+    how.add_argument("--retry", type=whole(0), default=0, metavar="N", help="try a child that fails N times more")
+    how.add_argument("--fail_fast", action="store_true", help="stop at the first failure")
+    how.add_argument("--timeout", type=duration, metavar="TIME", help="save and stop after 90s, 15m, 8h, 2d")
+    how.add_argument("--trial_timeout", type=duration, metavar="TIME", help="a child that takes longer has failed")
+    how.add_argument("--stop_file", type=Path, metavar="FILE", help="start no more as soon as this file exists")
+    show = parser.add_argument_group("what only shows something")
+    show.add_argument("--dry_run", action="store_true", help="what would be done with which child, and why")
+    show.add_argument("--status", action="store_true", help="how far a search is, perhaps of another terminal")
+    return parser.parse_args(arguments)
+
+
+def read_options(texts: Sequence[str]) -> dict[str, str]:
+    """Returns `key=value` texts by their keys."""
+    options: dict[str, str] = {}
+    for given in texts:
+        key, equals, value = given.partition("=")
+        if not key or not equals or key in options:
+            raise RunError(f"--launcher_options: {given!r} is not key=value, each key once")
+        options[key] = value
+    return options
+
+
+@contextlib.contextmanager
+def alone(parent: Path) -> Iterator[None]:
+    """Holds a parent whose journal has one writer."""
+    try:
+        with FileLock(parent / ".search.lock", timeout=0):
+            yield
+    except Timeout:
+        line = f"{parent} is searched by another process; wait for it or stop it"
+        raise RunError(line, "locked", TEMPORARY) from None
+    except OSError as error:
+        raise utils.storage_error(error, parent / ".search.lock") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_args(arguments)
-    from model.legacy import as_sections, assumptions  # brings pydantic, which importing this script shall not
+    from model.legacy import as_sections  # it brings pydantic, which importing this script shall not
 
-    children = plan(args.parent_dir, args.overrides, as_sections)
-    if args.dry_run:
-        print(table(children))
+    given = {"strategy": args.strategy, "max_trials": args.max_trials, "seeds": args.seeds}
+    planner = Planner.read(args.parent_dir, args.overrides, as_sections, args.force, **given)
+    search = planner.search
+    is_adaptive = search.strategy.name != "grid" or search.pruner.name != "none"
+    points = rehearse(planner, ahead=not args.status, force=args.force) if is_adaptive else grid(search)
+    children = planner.children(points)
+    total = max(len(children), (search.max_trials or 0) * max(1, len(search.seeds))) if is_adaptive else len(children)
+    if args.status:
+        print(text(status_of(children, total, search, str(args.parent_dir))))
         return OK
-    unfinished = [child for child in children if not child.is_finished()]
-    check(unfinished)
-    check_sources(unfinished, as_sections)
-    write(unfinished)
-    set_logger(args.parent_dir / "search_hyperparameters.log")
-    if assumed := assumptions(children[0].params):
-        log.warning("%s is one of the ancestor's: %s", args.parent_dir / "params.json", "; ".join(assumed))
-    status = run(children, Local(args.jobs, args.device))
+    if args.dry_run:
+        more = total - len(children)
+        later = [f"and {more} more, chosen as results come in"] if more else []
+        print("\n".join(describe(search)), table(children, args.rerun), *later, sep="\n\n")
+        return OK
+    unfinished = [child for child in children if child.outlook(args.rerun).action == "start"]
+    expected = len(unfinished) + total - len(children)
+    with launched(args, expected) as launcher, alone(args.parent_dir) if is_adaptive else contextlib.nullcontext():
+        check([*unfinished, *(planner.children(cover(search)) if search.strategy.name == "tpe" else [])])
+        check_sources(unfinished, as_sections)
+        set_logger(args.parent_dir / "search_hyperparameters.log")
+        say_what_is_assumed(planner)
+        log.info("Searching hyperparameters: %d of %d children to run", expected, total)
+        trials = trials_of(planner, children, is_adaptive, args.force)
+        status = Study(trials, launcher, rules_of(args), search, str(args.parent_dir)).run(View())
     log.info("python synthesize_results.py --parent_dir %s", shlex.quote(str(args.parent_dir)))
     return status
+
+
+@contextlib.contextmanager
+def launched(args: argparse.Namespace, expected: int) -> Iterator[Launcher]:
+    """Holds what the children run on."""
+    launcher = create_launcher(
+        args.launcher,
+        args.parent_dir,
+        device=args.device,
+        jobs=args.jobs,
+        gpus=args.gpus,
+        jobs_per_gpu=args.jobs_per_gpu,
+        options=read_options(args.launcher_options),
+        expected=expected,
+    )
+    with contextlib.closing(launcher):
+        yield launcher
+
+
+def trials_of(planner: Planner, children: Sequence[Child], is_adaptive: bool, force: bool) -> Trials:
+    """Returns what hands the children out; those that are known are made, so that tables show them as pending."""
+    write([child for child in children if not child.changes])
+    return Adaptive(open_tuner(planner, force), planner) if is_adaptive else Fixed(children)
+
+
+def rules_of(args: argparse.Namespace) -> Rules:
+    """Returns what the command line says about trouble."""
+    return Rules(args.rerun, args.retry, args.fail_fast, args.timeout, args.trial_timeout, args.stop_file)
+
+
+def say_what_is_assumed(planner: Planner) -> None:
+    """Logs what was read into the parent's files that a user may not expect."""
+    from model.legacy import assumptions
+
+    if assumed := assumptions(planner.reference):
+        log.warning("%s is one of the ancestor's: %s", planner.parent / "params.json", "; ".join(assumed))
+    warn_of_objective(planner.search)
 
 
 if __name__ == "__main__":

@@ -173,8 +173,8 @@ def compare_temperatures(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         teacher, which = row.options.get("teacher.model_dir"), row.options.get("teacher.restore_file", "best")
         is_scored = is_number(row.options.get("loss.temperature")) and "val_best.accuracy" in row.metrics
-        # Before a run, a flat params.json names a teacher's net, not its directory.
-        if is_scored and isinstance(teacher, str) and row.state != "pending":
+        # Before a run, a flat params.json names a teacher's net, not its directory. A pruned run's score is early.
+        if is_scored and isinstance(teacher, str) and row.state not in ("pending", "pruned"):
             groups.setdefault((teacher, which), []).append(row)
     lines = []
     for (teacher, which), group in groups.items():

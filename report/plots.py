@@ -104,7 +104,7 @@ def draw_curves(title: str, records: Sequence[Record]) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure((12, 3.6), layout="constrained")
-    figure.suptitle(_fit(title, MAX_TITLE), parse_math=False)  # a "$" is a dollar
+    figure.suptitle(fit(title, MAX_TITLE), parse_math=False)  # a "$" is a dollar
     loss, accuracy, rate = figure.subplots(1, 3)
     for axes, label in ((loss, "loss"), (accuracy, "accuracy (%)"), (rate, "learning rate, end of epoch")):
         _name_axes(axes, label)
@@ -133,14 +133,14 @@ def draw_comparison(title: str, runs: Mapping[str, Points]) -> Figure:
 
     figure = Figure((11, 5), layout="constrained")
     axes = figure.subplots()
-    axes.set_title(_fit(title, MAX_TITLE), loc="left", parse_math=False)
+    axes.set_title(fit(title, MAX_TITLE), loc="left", parse_math=False)
     _name_axes(axes, "val accuracy (%)")
     ranked = sorted(runs.items(), key=lambda run: (-best_of(run[1])[1], run[0]))
     for rank, (path, accuracies) in enumerate(ranked):
         dashes, color = divmod(rank, len(COLORS))
         style = {"color": COLORS[color], "linestyle": "--" if dashes else "-", "zorder": 3 - rank / MAX_LABELS}
         # The number comes first: matplotlib hides a label that begins with "_".
-        label = f"{100 * best_of(accuracies)[1]:.2f} %  {_fit(path, MAX_LABEL)}"
+        label = f"{100 * best_of(accuracies)[1]:.2f} %  {fit(path, MAX_LABEL)}"
         if rank >= MAX_LABELS:
             style = {"color": "lightgrey", "linewidth": 0.8, "zorder": 1}
             label = f"{len(ranked) - MAX_LABELS} more" if rank == MAX_LABELS else ""
@@ -166,6 +166,12 @@ def to_png(figure: Figure) -> bytes:
     return png.getvalue()
 
 
+def fit(text: str, length: int) -> str:
+    """Returns printable text; of what is too long, the end, where directories differ."""
+    text = one_line(text)
+    return text if len(text) <= length else f"…{text[1 - length :]}"
+
+
 def _name_axes(axes: Axes, label: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
@@ -182,9 +188,3 @@ def _plot(axes: Axes, line: Points, **style: Any) -> None:
 
 def _percent(line: Points) -> Points:
     return [(epoch, 100 * value) for epoch, value in line]
-
-
-def _fit(text: str, length: int) -> str:
-    """Returns printable text; of what is too long, the end, where directories differ."""
-    text = one_line(text)
-    return text if len(text) <= length else f"…{text[1 - length :]}"

@@ -42,9 +42,16 @@ DIGITS = {metric.header: metric.digits for metric in METRICS.values()}
 
 
 def sort_rows(rows: Sequence[Row], by: str = "val_accuracy") -> list[Row]:
-    """Returns the rows best first by a name in `METRICS`; those without the number come last, ties by path."""
+    """Returns the rows best first by a name in `METRICS`; those without the number come last, ties by path.
+
+    Pruned runs stand below all others that have the number: theirs is of an early epoch.
+    """
     key, sign = METRICS[by].key, METRICS[by].sign
-    return sorted(rows, key=lambda row: (key not in row.metrics, sign * row.metrics.get(key, 0), row.path))
+
+    def rank(row: Row) -> tuple[bool, bool, float, str]:
+        return key not in row.metrics, row.state == "pruned", sign * row.metrics.get(key, 0), row.path
+
+    return sorted(rows, key=rank)
 
 
 def differing_options(rows: Sequence[Row]) -> dict[str, str]:
@@ -77,15 +84,21 @@ def create_frame(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def to_markdown(frame: pd.DataFrame) -> str:
-    """Returns a Markdown table; the best validation accuracy is bold, in every row that has it."""
+    """Returns a Markdown table; the best validation accuracy is bold, in every row that has it.
+
+    A pruned run, which its status tells, is best only where all that have an accuracy are pruned.
+    """
     from tabulate import tabulate
 
     columns, align = [], []
+    pruned = [str(status).startswith("pruned") for status in frame.get("status", [""] * len(frame))]
     for header, values in frame.items():
         texts = [_cell(value, str(header)) for value in values]
         if header == METRICS["val_accuracy"].header:
-            best = max((value for value in values if isinstance(value, int | float)), default=float("nan"))
-            texts = [f"**{text}**" if value == best else text for text, value in zip(texts, values, strict=True)]
+            scored = [pair for pair in zip(values, pruned, strict=True) if isinstance(pair[0], int | float)]
+            best = min(scored, key=lambda pair: (pair[1], -pair[0]), default=None)
+            marks = [pair == best for pair in zip(values, pruned, strict=True)]
+            texts = [f"**{text}**" if mark else text for text, mark in zip(texts, marks, strict=True)]
         columns.append(texts)
         align.append("left" if any(isinstance(value, str) for value in values) else "right")
     headers = [_cell(header, "") for header in frame.columns]

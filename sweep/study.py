@@ -1,194 +1,36 @@
-"""A search as its directories show it: which children there are, what each still needs, and running those.
+"""Runs a search: hands children to a launcher, watches them, and says what becomes of each.
 
-The state is in the directories only: a search that was killed is planned again from them.
+One child never stops the others. Whatever ends the search, the same command goes on from the directories.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import json
-import os
+import platform
 import signal
-import subprocess
-import sys
-import tempfile
+import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from tabulate import tabulate
-from tqdm import tqdm
-
-import utils
-from experiment import MAY_CHANGE, read_status
+from experiment import Experiment
 from process import StopSignals, log
-from sources import find_initial, find_teacher
-from sweep.launchers import base
-from sweep.space import Point, grid, name_points, read_space, show
-from utils import RunError, read_json
+from sweep.children import Child, Outlook, describe, write
+from sweep.launchers.base import Launcher
+from sweep.space import Search
+from sweep.trials import Fixed, Trials, score_of
+from sweep.view import Snapshot, View, estimate, read_running
+from utils import FAILED, OK, TEMPORARY, RunError
 
-CHECKED_AT_ONCE = 1_000  # directories on one command line, which has a limit
 POLL_SECONDS = 0.1
+LOOK_SECONDS = 1.0  # between two looks at directories that are not ours to wait for
+GRACE_SECONDS = 60.0  # for a child that was told to end, before it is killed
 MAX_CONSOLE_BYTES = 100_000_000  # a child that prints without end must not fill the disk of all the others
-
-AsSections = Callable[[Mapping[str, Any]], dict[str, Any]]
-
-
-@dataclass
-class Child:
-    """A point of a search with its experiment directory, which may not exist yet."""
-
-    dir: Path
-    point: Point
-    params: dict[str, Any]
-    run_before: dict[str, Any] = field(default_factory=dict)  # run.json as an earlier attempt has left it
-
-    def read_run(self) -> dict[str, Any]:
-        """Returns run.json; nothing where there is none, or none that can be read (train.py says why)."""
-        with contextlib.suppress(RunError):
-            return read_json(self.dir / "run.json")
-        return {}
-
-    def is_finished(self) -> bool:
-        """Tells whether all epochs are done; a completed run may have been given more of them since."""
-        run = self.read_run()
-        done, wanted = run.get("epoch"), self.params.get("num_epochs")
-        return run.get("status") == "completed" and isinstance(done, int) and isinstance(wanted, int) and done >= wanted
-
-    def outlook(self) -> str:
-        """Returns what a search does with the child; what begins with `run` or `resume` is to be started."""
-        run, status = self.read_run(), "failed"
-        with contextlib.suppress(RunError):
-            status = read_status(self.dir)
-        if status == "running":
-            return "leave: running elsewhere"
-        if self.is_finished():
-            return "skip: completed"
-        if status == "failed":
-            return f"run again: failed ({run.get('reason', 'run.json cannot be read')})"
-        return "run" if status == "pending" else f"resume at epoch {run.get('epoch', 0) + 1}"
-
-    def result(self) -> tuple[float, str]:
-        """Returns the best validation accuracy, -1 where there is none, and a line about it."""
-        best = self.read_run().get("best") or {}
-        accuracy = best.get("accuracy", -1.0)
-        return accuracy, f"{self.dir.name}: accuracy {accuracy:.4f} at epoch {best.get('epoch', 0)}"
-
-    def has_flooded(self) -> bool:
-        """Tells whether console.log is larger than any training needs."""
-        path = self.dir / "console.log"
-        return path.exists() and path.stat().st_size > MAX_CONSOLE_BYTES
-
-    def last_line(self) -> str:
-        """Returns the last line of console.log, fit for a terminal; that is the command if nothing was printed."""
-        lines: list[str] = []
-        with contextlib.suppress(OSError), (self.dir / "console.log").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-        return "".join(char if char.isprintable() else "?" for char in "".join(lines[-1:]).strip()[:200])
-
-
-def plan(parent: Path, overrides: Sequence[str] = (), as_sections: AsSections = dict) -> list[Child]:
-    """Returns the children of a search, in its order; only reads.
-
-    Args:
-        parent: The directory with the reference and the space.
-        overrides: Texts `key=value`, for every child.
-        as_sections: Turns raw params of another shape into sections, in which two of them are compared.
-
-    Raises:
-        RunError: The parent's params.json, its search.json or an override is wrong, or a child has other params.
-    """
-    reference, path = read_json(parent / "params.json"), parent / "search.json"
-    overridden = utils.apply_overrides(reference, overrides)
-    space = read_space(path, reference)
-    if twice := [key for key in overridden if key in space]:
-        raise RunError(f"--overrides: {twice[0]} is what {path} varies; remove it from one of the two")
-    children, problems = [], []
-    for name, point in name_points(grid(space)).items():
-        child = Child(parent / name, point, copy.deepcopy(reference))
-        for key, value in point.items():
-            utils.set_option(child.params, key, value)
-        children.append(child)
-        existing = child.dir / "params.json"
-        if not existing.exists():
-            continue
-        present = read_json(existing)
-        found = utils.differences(as_sections(present), as_sections(child.params))
-        if not found:
-            child.params = present  # the same in other words may stay as it is
-        if changes := {key: change for key, change in found.items() if key not in MAY_CHANGE}:
-            listed = "; ".join(f"{key}: {change}" for key, change in changes.items())
-            way = "remove that directory or undo the change"
-            problems.append(f"{existing} is not what the search asks for ({listed}); {way}")
-    if problems:
-        raise RunError("\n".join(problems), "params")
-    return children
-
-
-def table(children: Sequence[Child]) -> str:
-    """Returns what a search would do, as a Markdown table and a line of counts."""
-    outlooks = [child.outlook() for child in children]
-    rows = [
-        [child.dir.name, *(show(value).replace("|", "\\|") for value in child.point.values()), outlook]
-        for child, outlook in zip(children, outlooks, strict=True)
-    ]
-    headers = ["child", *children[0].point, "what happens"]
-    text = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
-    skip, leave = (sum(outlook.startswith(word) for outlook in outlooks) for word in ("skip", "leave"))
-    counts = f"{len(rows) - skip - leave} to run, {skip} completed, {leave} running elsewhere"
-    return f"{text}\n\n{len(rows)} children: {counts}"
-
-
-def check(children: Sequence[Child]) -> None:
-    """Has train.py check children in temporary directories, before theirs are made; raises with all its lines."""
-    lines = []
-    with tempfile.TemporaryDirectory(prefix="kdlab-") as temporary:
-        copies = [replace(child, dir=Path(temporary, child.dir.name)) for child in children]
-        write(copies)
-        for start in range(0, len(copies), CHECKED_AT_ONCE):
-            names = [str(copied.dir) for copied in copies[start : start + CHECKED_AT_ONCE]]
-            command = [sys.executable, str(base.TRAIN), "--check", "--model_dir", *names]
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
-            if done.returncode:
-                lines += done.stderr.splitlines() or [f"train.py --check: {describe(done.returncode)}"]
-    if lines:
-        raise RunError("\n".join(lines).replace(temporary, str(children[0].dir.parent)), "params")
-
-
-def check_sources(children: Sequence[Child], as_sections: AsSections = dict) -> None:
-    """Raises if what children begin with, teacher or weights, is not there: each of them would only find it too.
-
-    Args:
-        children: Those that are to be run.
-        as_sections: As for `plan`.
-    """
-    sections = [as_sections(child.params) for child in children]
-    for teacher in {json.dumps(section.get("teacher"), sort_keys=True) for section in sections}:
-        section = json.loads(teacher)
-        if section is not None:
-            section = {"model_dir": section} if isinstance(section, str) else section
-            find_teacher(Path(section["model_dir"]), section.get("restore_file", "best"))
-    students = [section["student"] for section in sections if isinstance(section.get("student"), dict)]
-    for path in {str(student["init_from"]) for student in students if student.get("init_from")}:
-        if not (found := find_initial(Path(path))).exists():
-            raise RunError(f"student.init_from: {found} does not exist; name a directory or a .pth.tar file", "params")
-
-
-def write(children: Sequence[Child]) -> None:
-    """Makes the directories that do not exist yet, and tells those that do if they have more epochs to train."""
-    for child in children:
-        path = child.dir / "params.json"
-        if not path.exists() or read_json(path) != child.params:
-            try:
-                child.dir.mkdir(exist_ok=True)
-            except OSError as error:
-                raise utils.storage_error(error, child.dir) from error
-            utils.write_json(path, child.params)
+FAILED_FAST = "a child failed (--fail_fast)"
+FINAL = ("diverged", "params", "data", "teacher", "usage")  # reasons that another try does not mend
 
 
 class Stop(StopSignals):
@@ -201,98 +43,336 @@ class Stop(StopSignals):
         self.received = self.received or signal.Signals(number)
 
 
+@dataclass(frozen=True)
+class Rules:
+    """What a search does when all does not go well; times in seconds."""
+
+    rerun: str = "none"
+    retry: int = 0  # how often a child that fails is tried again at once
+    fail_fast: bool = False
+    timeout: float | None = None  # of the whole search
+    trial_timeout: float | None = None  # of an attempt at one child
+    stop_file: Path | None = None
+
+
+@dataclass
+class Handed:
+    """A child that the launcher has."""
+
+    child: Child
+    since: float
+    begun: bool  # it does not wait in a queue any more
+    verdict: str | None = None  # why we have ended it: pruned or timeout
+    told: float = 0.0  # when it was told to end
+
+
 class Tally:
-    """What has become of the children so far; each line goes to console and log as soon as it is known."""
+    """What has become of the children so far, and the best of them; lines go to console and log as they come."""
 
-    def __init__(self, total: int) -> None:
-        self.total = total
+    def __init__(self, trials: Trials, search: Search) -> None:
+        self._trials, self._objective, self._num_seeds = trials, search.objective, max(1, len(search.seeds))
         self.lines: dict[str, list[str]] = {"done": [], "skipped": [], "failed": []}
-        self.best = (-1.0, "none yet")
+        self.seconds: list[float] = []  # that finished children have taken
+        self._scores: dict[int, list[float]] = {}
+        self._best: tuple[float, str] | None = None
 
-    def add(self, child: Child, outcome: str, line: str) -> None:
+    @property
+    def best(self) -> str:
+        return self._best[1] if self._best else "none yet"
+
+    def add(self, child: Child, outcome: str, line: str, quiet: bool = False) -> None:
         self.lines.setdefault(outcome, []).append(line)
         if outcome in ("done", "skipped"):
-            self.best = max(self.best, child.result(), key=lambda result: result[0])
-        if outcome != "skipped":
+            self._compare(child)
+        if not quiet:
             say = log.error if outcome == "failed" else log.info
-            say("[%d/%d] %s", self.number(*self.lines), self.total, line)
+            say("[%d/%d] %s", self.number(*self.lines), self._trials.total, line)
+
+    def _compare(self, child: Child) -> None:
+        """Keeps the best point: with several seeds by its mean, once all of them are there."""
+        if not child.read_run().get("best"):  # completed, says somebody who has not trained it
+            return
+        scores = self._scores.setdefault(child.trial, [])
+        scores.append(score_of(child, self._objective))
+        if len(scores) < self._num_seeds:
+            return
+        mean, line = statistics.fmean(scores), child.result(self._objective.metric)
+        if self._num_seeds > 1:
+            name = child.dir.name.removesuffix(f"_seed_{child.point['seed']}")
+            spread = statistics.stdev(scores)
+            line = f"{name}: {self._objective.metric} {mean:.4f} ± {spread:.4f} over {len(scores)} seeds"
+        sign = 1 if self._objective.mode == "max" else -1
+        if self._best is None or sign * mean > self._best[0]:
+            self._best = (sign * mean, line)
 
     def number(self, *outcomes: str) -> int:
-        return sum(len(self.lines[outcome]) for outcome in outcomes)
+        return sum(len(self.lines.get(outcome, ())) for outcome in outcomes)
+
+    def counts(self) -> dict[str, int]:
+        return {outcome: len(lines) for outcome, lines in self.lines.items()}
 
     def summarise(self) -> None:
         for line in self.lines["failed"]:
             log.error(line)
-        counts = [f"{len(lines)} {outcome}" for outcome, lines in self.lines.items()]
-        log.info(", ".join([*counts, f"{self.total - self.number(*self.lines)} not started"]))
-        log.info("best: %s", self.best[1])
+        counts = [f"{number} {outcome}" for outcome, number in self.counts().items()]
+        log.info(", ".join([*counts, f"{self._trials.total - self.number(*self.lines)} not started"]))
+        log.info("best: %s", self.best)
 
 
-def run(children: Sequence[Child], launcher: base.Launcher) -> int:
-    """Runs the children that need it, `launcher.slots` at a time, whatever becomes of each.
+class Study:
+    """One call of a search.
 
-    Returns:
-        0 if all children are completed, else 1; a signal to stop becomes a RunError once they have ended.
+    Args:
+        trials: Hands out the children.
+        launcher: Runs them.
+        rules: What to do when not all goes well.
+        search: What is sought.
+        title: What the live view is headed with.
     """
-    tally, stop, answered = Tally(len(children)), Stop(), 0
-    waiting: list[Child] = []
-    running: dict[Path, Child] = {}
+
+    def __init__(self, trials: Trials, launcher: Launcher, rules: Rules, search: Search, title: str) -> None:
+        self._trials, self._launcher, self._rules = trials, launcher, rules
+        self._objective, self._title = search.objective, title
+        self.tally = Tally(trials, search)
+        self._stop = Stop()
+        self._running: dict[Path, Handed] = {}
+        self._elsewhere: dict[Path, Child] = {}
+        self._occupied: set[Path] = set()  # those of them that take a slot
+        self._again: deque[Child] = deque()
+        self._tries: dict[Path, int] = {}
+        self._ending: str | None = None  # why no more children are started
+        self._answered = 0  # signals that the children have been told of
+        self._looked = 0.0
+        self._began = time.monotonic()
+
+    def run(self, view: View) -> int:
+        """Runs the children that need it, as many at a time as the launcher takes, whatever becomes of each.
+
+        Returns:
+            0 if all children are completed or pruned, else 1.
+
+        Raises:
+            RunError: The search was ended before all were done: by a signal, its time, or the stop file.
+        """
+        try:
+            with self._stop, view:
+                while self._step():
+                    if view.due():
+                        view.show(self._snapshot())
+                    time.sleep(POLL_SECONDS)
+        finally:
+            for path in self._running:  # an error of ours: nothing may go on without a search that knows of it
+                with contextlib.suppress(Exception):
+                    self._launcher.cancel(path)
+        self.tally.summarise()
+        done = self.tally.number("done", "skipped", "pruned")
+        if done == self._trials.total:
+            return OK
+        if self._stop.count:
+            raise self._stop.error(f"after {done} of {self._trials.total} children")
+        if self._ending and self._ending != FAILED_FAST:
+            line = f"stopped after {done} of {self._trials.total} children: {self._ending}"
+            raise RunError(f"{line}; the same command goes on from there", "preempted", TEMPORARY)
+        return FAILED
+
+    def _step(self) -> bool:
+        """Does what there is to do now; tells whether anything is left."""
+        self._heed()
+        self._look_elsewhere()
+        more = self._hand_out()
+        self._watch()
+        for path, status in self._launcher.poll().items():
+            handed = self._running.pop(path)
+            self._settle(handed.child, *self._judge(handed, status))
+        return bool(self._running or more or (self._elsewhere and self._ending is None))
+
+    # --- starting -----------------------------------------------------------------------------------------
+
+    def _heed(self) -> None:
+        """Looks for reasons to end, and tells the children of signals."""
+        rules = self._rules
+        if self._ending is None:
+            if self._stop.count:
+                self._ending = "a signal"
+            elif rules.timeout is not None and time.monotonic() - self._began > rules.timeout:
+                self._end_all("the time of --timeout is over")
+            elif rules.stop_file is not None and rules.stop_file.exists():
+                self._ending = f"{rules.stop_file} is there (remove it to go on)"
+                log.warning("%s: no new trials; those that run go on to their end", self._ending)
+        if self._answered < self._stop.count:
+            self._answered = self._stop.count
+            what = "killed" if self._answered > 1 else "saving and ending (a second signal kills)"
+            log.warning("no new trials; %s: %s", what, ", ".join(path.name for path in self._running) or "none runs")
+            for path in self._running:
+                self._launcher.cancel(path, force=self._answered > 1)
+
+    def _end_all(self, why: str) -> None:
+        self._ending = why
+        log.warning("%s: no new trials; saving and ending: %s", why, ", ".join(path.name for path in self._running))
+        for path in self._running:
+            self._launcher.cancel(path)
+
+    def _hand_out(self) -> bool:
+        """Starts children while there is room; tells whether there may be more."""
+        while self._ending is None and len(self._running) + len(self._occupied) < self._launcher.slots:
+            child = self._again.popleft() if self._again else self._trials.next()
+            if child is None:
+                return False
+            self._begin(child)
+            if self._stop.count:
+                break
+        return self._ending is None
+
+    def _begin(self, child: Child) -> None:
+        """Does with a child what its directory asks for."""
+        first = child.dir not in self._tries
+        tried = self._tries.setdefault(child.dir, 0)
+        outlook = child.outlook(self._rules.rerun if first else "failed")
+        if outlook.action == "skip":
+            self._skip(child, outlook)
+        elif self._launcher.adopt(child.dir):
+            self._running[child.dir] = Handed(child, time.monotonic(), begun=outlook.action == "wait")
+        elif outlook.action == "wait":
+            self._leave(child)
+        else:
+            try:
+                if outlook.anew:
+                    Experiment(child.dir).clear()
+                write([child])
+                child.run_before = child.read_run()
+                self._tries[child.dir] = tried + 1
+                self._launcher.submit(child.dir)
+                self._running[child.dir] = Handed(child, time.monotonic(), begun=not self._launcher.queues)
+            except (OSError, RunError) as error:
+                self._settle(child, "failed", f"{child.dir.name} failed: it could not be started: {error}")
+
+    def _skip(self, child: Child, outlook: Outlook) -> None:
+        if outlook.state == "failed":
+            line = f"{child.dir.name} failed in an earlier search ({child.read_run().get('reason')})"
+            self.tally.add(child, "failed", f"{line}; --rerun failed tries it again")
+            self._trials.ended(child, "failed")
+        else:
+            outcome = "pruned" if outlook.state == "pruned" else "skipped"
+            self.tally.add(child, outcome, child.dir.name, quiet=True)
+            self._trials.ended(child, outcome)
+
+    # --- children that others run -------------------------------------------------------------------------
+
+    def _leave(self, child: Child) -> None:
+        """Waits for a child that another process trains; on this machine it takes a slot."""
+        self._elsewhere[child.dir] = child
+        attempt = (child.read_run().get("attempts") or [{}])[-1]
+        gpu = attempt.get("environment", {}).get("CUDA_VISIBLE_DEVICES")
+        if attempt.get("host") == platform.node() and self._launcher.occupy(child.dir, gpu):
+            self._occupied.add(child.dir)
+        log.info("%s is running elsewhere: process %s on %s", child.dir.name, attempt.get("pid"), attempt.get("host"))
+
+    def _look_elsewhere(self) -> None:
+        """Takes back the children that others have let go of, finished or not."""
+        if self._elsewhere and time.monotonic() - self._looked > LOOK_SECONDS:
+            self._looked = time.monotonic()
+            for path, child in list(self._elsewhere.items()):
+                if child.outlook().action != "wait":
+                    del self._elsewhere[path]
+                    self._again.append(child)
+                    if path in self._occupied:
+                        self._occupied.remove(path)
+                        self._launcher.vacate(path)
+
+    # --- watching and ending ------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """Ends children that are to be pruned, take too long or print without end."""
+        now, limit = time.monotonic(), self._rules.trial_timeout
+        for handed in self._running.values():
+            if not handed.begun:
+                handed.begun = handed.child.read_run().get("attempts") != handed.child.run_before.get("attempts")
+                handed.since = now
+            if _has_flooded(handed.child) or (handed.verdict and now - handed.told > GRACE_SECONDS):
+                self._launcher.cancel(handed.child.dir, force=True)
+            elif limit is not None and handed.verdict is None and now - handed.since > limit:
+                self._condemn(handed, "timeout")
+        watched = {handed.child.dir: handed for handed in self._running.values() if handed.verdict is None}
+        for child in self._trials.watch([handed.child for handed in watched.values()]):
+            self._condemn(watched[child.dir], "pruned")
+
+    def _condemn(self, handed: Handed, verdict: str) -> None:
+        handed.verdict, handed.told = verdict, time.monotonic()
+        self._launcher.cancel(handed.child.dir)
+
+    def _judge(self, handed: Handed, status: int) -> tuple[str, str]:
+        """Returns the outcome of an attempt that has ended and a line about it; the directory's word counts most."""
+        child = handed.child
+        name, run = child.dir.name, child.read_run()
+        epoch = run.get("epoch", 0)
+        if child.is_finished():
+            self.tally.seconds.append(time.monotonic() - handed.since)
+            return "done", child.result(self._objective.metric)
+        if handed.verdict == "pruned":
+            Experiment(child.dir).mark("pruned")
+            return "pruned", f"{name} is pruned at epoch {epoch}"
+        if handed.verdict == "timeout":
+            Experiment(child.dir).mark("failed", "timeout")
+            return "failed", f"{name} failed: longer than --trial_timeout, after epoch {epoch}"
+        reason = run.get("reason") if run != child.run_before else None  # else it is an earlier attempt's
+        if status == TEMPORARY and reason is None:
+            return "elsewhere", f"{name} is running elsewhere"
+        if self._ending is not None or (reason and run.get("status") == "interrupted"):
+            return "interrupted", f"{name} is interrupted after epoch {epoch}"
+        if _has_flooded(child):
+            reason = f"console.log is larger than {MAX_CONSOLE_BYTES} bytes; remove it"
+        what = describe(status) if status else "exit status 0, but run.json is not of a completed run"
+        return "failed", f"{name} failed: {what}{f' ({reason})' if reason else ''}: {child.last_line()}"
+
+    def _settle(self, child: Child, outcome: str, line: str) -> None:
+        """Counts what has become of a child, unless it is to be tried again."""
+        tries, reason = self._tries[child.dir], child.read_run().get("reason")
+        if outcome == "elsewhere":
+            self._leave(child)
+            return
+        if outcome == "failed" and self._ending is None and tries <= self._rules.retry and reason not in FINAL:
+            log.warning("%s; tried again (%d of %d)", line, tries, self._rules.retry)
+            self._again.append(child)
+            return
+        self.tally.add(child, outcome, line)
+        if outcome != "interrupted":
+            self._trials.ended(child, outcome)
+        if outcome == "failed" and self._rules.fail_fast and self._ending is None:
+            self._end_all(FAILED_FAST)
+
+    def _snapshot(self) -> Snapshot:
+        metric = self._objective.metric
+        begun = len(self._running) + len(self._elsewhere)
+        waiting = self._trials.total - self.tally.number(*self.tally.lines) - begun
+        counts = {**self.tally.counts(), "running": begun, "waiting": waiting}
+        running = [
+            read_running(child.dir, metric, len(child.run_before.get("attempts", [])))
+            for child in [handed.child for handed in self._running.values()] + list(self._elsewhere.values())
+        ]
+        left = estimate(self.tally.seconds, waiting, running, self._launcher.slots)
+        return Snapshot(self._title, metric, counts, self._trials.total, running, self.tally.best, left)
+
+
+def status_of(children: Sequence[Child], total: int, search: Search, title: str) -> Snapshot:
+    """Returns how far a search is, from its directories alone."""
+    metric, tally, running = search.objective.metric, Tally(Fixed(children), search), []
+    counts = dict.fromkeys(("completed", "pruned", "failed"), 0)
     for child in children:
         outlook = child.outlook()
-        if outlook.startswith("skip"):
-            tally.add(child, "skipped", "")
-        elif outlook.startswith("leave"):
-            tally.add(child, "running elsewhere", f"{child.dir.name} is running elsewhere")
-        else:
-            waiting.append(child)
-    log.info("Searching hyperparameters: %d of %d children to run", len(waiting), len(children))
-    with stop, tqdm(total=len(children), initial=len(children) - len(waiting), disable=None, unit="run") as bar:
-        while running or (waiting and not stop.count):
-            while waiting and len(running) < launcher.slots and not stop.count:
-                child = waiting.pop(0)
-                child.run_before = child.read_run()
-                try:
-                    launcher.submit(child.dir)
-                    running[child.dir] = child
-                except OSError as error:
-                    tally.add(child, "failed", f"{child.dir.name} failed: it could not be started: {error}")
-            if answered < stop.count:
-                answered = stop.count
-                what = "killed" if answered > 1 else "saving and ending (a second signal kills)"
-                log.warning("no new trials; %s: %s", what, ", ".join(path.name for path in running))
-                for path in running:
-                    launcher.cancel(path, force=answered > 1)
-            for path in [path for path, child in running.items() if child.has_flooded()]:
-                launcher.cancel(path, force=True)
-            for path, status in launcher.poll().items():
-                child = running.pop(path)
-                tally.add(child, *judge(child, status, stop.count > 0))
-            bar.n = tally.number(*tally.lines)
-            bar.set_postfix_str(f"{len(running)} running, {tally.number('failed')} failed, best {tally.best[1]}")
-            time.sleep(POLL_SECONDS)
-    tally.summarise()
-    completed = tally.number("done", "skipped")
-    if stop.count and completed < len(children):
-        raise stop.error(f"after {completed} of {len(children)} children")
-    return utils.OK if completed == len(children) else utils.FAILED
+        if outlook.state == "running":
+            running.append(read_running(child.dir, metric))
+        elif outlook.action == "skip":
+            counts[outlook.state] += 1
+            if outlook.state == "completed":
+                tally.add(child, "skipped", "", quiet=True)
+    waiting = total - sum(counts.values()) - len(running)
+    seconds = [sum(attempt.get("seconds", 0) for attempt in child.read_run().get("attempts", [])) for child in children]
+    left = estimate([some for some in seconds if some], waiting, running, len(running)) if running else None
+    counts |= {"running": len(running), "waiting": waiting}
+    return Snapshot(title, metric, counts, total, running, tally.best, left)
 
 
-def judge(child: Child, status: int, stopping: bool) -> tuple[str, str]:
-    """Returns the outcome of an attempt that has ended and a line about it; the directory's word counts most."""
-    name, run = child.dir.name, child.read_run()
-    if child.is_finished():
-        return "done", child.result()[1]
-    reason = run.get("reason") if run != child.run_before else None  # else it is an earlier attempt's
-    if status == utils.TEMPORARY and reason is None:
-        return "running elsewhere", f"{name} is running elsewhere"
-    if stopping:
-        return "interrupted", f"{name} is interrupted after epoch {run.get('epoch', 0)}"
-    if child.has_flooded():
-        reason = f"console.log is larger than {MAX_CONSOLE_BYTES} bytes; remove it"
-    what = describe(status) if status else "exit status 0, but run.json is not of a completed run"
-    return "failed", f"{name} failed: {what}{f' ({reason})' if reason else ''}: {child.last_line()}"
-
-
-def describe(status: int) -> str:
-    """Returns how a process ended."""
-    return f"killed by signal {-status} ({signal.strsignal(-status)})" if status < 0 else f"exit status {status}"
+def _has_flooded(child: Child) -> bool:
+    """Tells whether console.log is larger than any training needs."""
+    path = child.dir / "console.log"
+    return path.exists() and path.stat().st_size > MAX_CONSOLE_BYTES

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoint import MAGIC, load_checkpoint, save_checkpoint
+from checkpoint import MAGIC, has_trailer, load_checkpoint, save_checkpoint
 from utils import RunError
 
 STATE = {"epoch": 3, "step": 0, "net": {"section": {"name": "tiny"}}, "state_dict": {"weight": torch.arange(300.0)}}
@@ -200,3 +200,12 @@ def test_nothing_in_another_programs_checkpoint_is_executed(tmp_path: Path) -> N
         with pytest.raises(RunError, match="cannot be parsed"):
             load_checkpoint(write_foreign(tmp_path / "x.pth.tar", state, legacy_format), foreign=True)
     assert not proof.exists()
+
+
+def test_a_file_of_ours_is_told_by_its_end_without_torch(tmp_path: Path) -> None:
+    path = tmp_path / "best.pth.tar"
+    save_checkpoint(path, {"epoch": 1, "net": {}, "state_dict": {}})
+    assert has_trailer(path)
+    for other in (b"", b"x", path.read_bytes()[:-1]):
+        (tmp_path / "other").write_bytes(other)
+        assert not has_trailer(tmp_path / "other")

@@ -472,3 +472,57 @@ def test_without_hard_links_files_are_copied(
     epoch = json.loads((folder / "metrics_val_best_weights.json").read_text())["epoch"]
     assert load_checkpoint(folder / "best.pth.tar")[0]["epoch"] == epoch
     assert load_checkpoint(folder / "prev.pth.tar")[0]["epoch"] == 1
+
+
+# --- a search gives results up, or says why it has ended a run -----------------------------------------------
+
+
+def test_a_cleared_directory_trains_as_a_new_one(script: Script, half_done: tuple[Path, Path]) -> None:
+    cut, whole = half_done
+    Experiment(cut).clear()
+    assert sorted(path.name for path in cut.iterdir()) == [".lock", "params.json", "train.log"]
+    assert script(train, "--model_dir", cut).status == 0
+    assert same_result(cut, whole)
+
+
+def test_clearing_keeps_checkpoints_that_no_run_has_written(make_experiment: Make) -> None:
+    folder = make_experiment()
+    torch.save({"state_dict": {}}, folder / "best.pth.tar")
+    Experiment(folder).clear()
+    assert (folder / "kept_best.pth.tar").is_file()
+
+
+def test_a_clearing_that_is_killed_never_leaves_a_completed_run(
+    script: Script, make_experiment: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_experiment()
+    script(train, "--model_dir", folder)
+    unlink, seen = Path.unlink, []
+
+    def look(path: Path, missing_ok: bool = False) -> None:
+        if (folder / "run.json").exists():
+            seen.append(read_status(folder))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", look)
+    Experiment(folder).clear()
+    assert set(seen) == {"interrupted"}
+    assert len(seen) > 6
+
+
+def test_who_has_ended_a_run_may_say_why(script: Script, half_done: tuple[Path, Path]) -> None:
+    cut, whole = half_done
+    Experiment(cut).mark("pruned")
+    assert read_status(cut) == "pruned"
+    assert json.loads((cut / "run.json").read_text())["attempts"][-1]["status"] == "pruned"
+    assert script(train, "--model_dir", cut).status == 0  # and it may go on all the same
+    assert same_result(cut, whole)
+
+
+def test_a_run_that_goes_on_elsewhere_is_not_marked(make_experiment: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment, "LOCK_SECONDS", 0.1)
+    folder = make_experiment()
+    (folder / "run.json").write_text('{"status": "running"}')
+    with FileLock(folder / ".lock"):
+        Experiment(folder).mark("pruned")
+        assert read_status(folder) == "running"

@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import read_journal
+
+import search_hyperparams
 
 ROOT = Path(__file__).parent.parent
 # The command as it is, except for what it trains with.
@@ -147,7 +150,7 @@ def test_a_dry_run_shows_the_ancestors_grid_and_writes_nothing(tmp_path: Path) -
     done = search(parent, "--dry_run")
     assert done.returncode == 0, done.stderr
     assert "| alpha_0.99_Temp_20.0 | 0.99         | 20.0               | run            |" in done.stdout
-    assert done.stdout.endswith("40 children: 40 to run, 0 completed, 0 running elsewhere\n")
+    assert done.stdout.endswith("40 children: 40 to run, 0 completed\n")
     assert [path.name for path in parent.iterdir()] == ["params.json"]
 
 
@@ -189,6 +192,124 @@ def test_at_the_second_signal_the_children_are_killed(
     process.communicate(timeout=20)
     assert process.returncode == 143
     assert not Path("/proc", pid.read_text()).exists()
+
+
+def test_points_are_drawn_where_that_is_asked_for_and_the_same_ones_again(tmp_path: Path) -> None:
+    space = {"alpha": {"low": 0.1, "high": 0.9}, "temperature": {"low": 1.0, "high": 20.0, "log": True}}
+    names = []
+    for folder in ("one", "other"):
+        parent = make(tmp_path / folder, space)
+        jobs = "1" if folder == "one" else "3"
+        done = search(parent, "--strategy", "random", "--max_trials", "4", "--jobs", jobs)
+        assert done.returncode == 0, done.stderr
+        names.append(sorted(path.parent.name for path in parent.glob("*/run.json")))
+    assert names[0] == names[1]
+    assert len(names[0]) == 4
+
+
+def test_a_dry_run_of_tpe_says_what_is_not_known_yet_and_decides_nothing(tmp_path: Path) -> None:
+    space = {"alpha": {"low": 0.1, "high": 0.9}, "strategy": "tpe", "max_trials": 7, "seeds": [1, 2]}
+    done = search(make(tmp_path, space), "--dry_run")
+    assert done.returncode == 0, done.stderr
+    assert "loss.alpha: numbers 0.1 to 0.9" in done.stdout
+    assert done.stdout.endswith("0 children: 0 to run, 0 completed\n\nand 14 more, chosen as results come in\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["params.json", "search.json"]
+
+
+def test_the_ends_of_a_range_are_checked_before_tpe_begins(tmp_path: Path) -> None:
+    parent = make(tmp_path, {"alpha": {"low": 0.1, "high": 1.5}, "strategy": "tpe", "max_trials": 7})
+    done = search(parent)
+    assert done.returncode == 2
+    assert done.stderr == f"{parent}/alpha_1.5/params.json: loss.alpha: 1.5 is above 1\n"
+    assert sorted(path.name for path in parent.iterdir() if path.name != ".search.lock") == [
+        "params.json",
+        "search.json",
+    ]
+
+
+def test_the_status_is_told_from_another_terminal(
+    tmp_path: Path, started: Callable[..., subprocess.Popen[str]]
+) -> None:
+    parent = make(tmp_path, {"stub.do": ["ok", "sleep", "fail"]})
+    process = started(parent)
+    wait_for((parent / "do_sleep/pid").exists)
+    shown = search(parent, "--status")
+    assert shown.returncode == 0, shown.stderr
+    lines = shown.stdout.splitlines()
+    assert lines[1] == "1 of 3 children have ended"
+    assert lines[2] == "1 completed, 1 running, 1 waiting"
+    assert lines[3] == "best: do_ok: accuracy 0.9000 at epoch 2"
+    assert lines[5].split()[:2] == ["do_sleep", "0/3"]
+    assert process.poll() is None
+
+
+def test_two_searches_do_not_write_one_journal(tmp_path: Path, started: Callable[..., subprocess.Popen[str]]) -> None:
+    space = {"alpha": {"low": 0.1, "high": 0.9}, "strategy": "random", "max_trials": 2}
+    parent = make(tmp_path, space, PARAMS | {"stub": {"do": "sleep"}})
+    started(parent)
+    wait_for(lambda: bool(list(parent.glob("*/pid"))))
+    done = search(parent)
+    assert done.returncode == 75
+    assert done.stderr == f"{parent} is searched by another process; wait for it or stop it\n"
+
+
+def test_changed_params_are_refused_and_by_force_the_results_are_given_up(tmp_path: Path) -> None:
+    parent = make(tmp_path, {"alpha": [0.5]})
+    assert search(parent).returncode == 0
+    (parent / "alpha_0.5/best.pth.tar").write_text("old")
+    make(parent, {"alpha": [0.5]}, PARAMS | {"seed": 9})
+    refused = search(parent)
+    assert refused.returncode == 2
+    assert "seed: 'absent' -> 9" in refused.stderr
+    assert (parent / "alpha_0.5/best.pth.tar").exists()
+    done = search(parent, "--force")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((parent / "alpha_0.5/params.json").read_text())["seed"] == 9
+    assert len(json.loads((parent / "alpha_0.5/run.json").read_text())["attempts"]) == 1
+    assert search(parent).returncode == 0
+
+
+def test_a_killed_search_leaves_children_that_the_next_one_waits_for(
+    tmp_path: Path, started: Callable[..., subprocess.Popen[str]]
+) -> None:
+    stub = {"do": "epochs", "seconds": 0.15}
+    parent = make(tmp_path, {"alpha": [0.1, 0.2, 0.3]}, {**PARAMS, "num_epochs": 10, "stub": stub})
+    process = started(parent, "--jobs", "2")
+    wait_for(lambda: len(list(parent.glob("*/metrics.jsonl"))) == 2)
+    process.kill()
+    process.wait()
+    os.kill(int((parent / "alpha_0.2/pid").read_text()), signal.SIGKILL)
+    done = search(parent, "--jobs", "2")
+    assert done.returncode == 0, done.stderr
+    assert "alpha_0.1 is running elsewhere: process " in done.stdout
+    for name in ("alpha_0.1", "alpha_0.2", "alpha_0.3"):
+        assert [record["epoch"] for record in read_journal(parent / name)] == list(range(1, 11))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--timeout", "soon"], "'soon' is not a time such as 90s, 15m, 8h or 2d"),
+        (["--timeout", "0"], "'0' is not a time"),
+        (["--retry", "-1"], "no whole number from 0 on"),
+        (["--seeds", "1", "1"], "--seeds: 1 is there twice"),
+        (["--launcher_options", "x"], "--launcher_options: 'x' is not key=value"),
+        (["--launcher_options", "x=1"], "--launcher_options: this machine has none"),
+        (["--gpus", "99"], "--gpus: there is no GPU '99'"),
+        (["--strategy", "random"], "max_trials"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_line_and_nothing_is_written(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    done = search(make(tmp_path, {"alpha": [0.1]}), *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["params.json", "search.json"]
+
+
+def test_times_have_units() -> None:
+    assert [search_hyperparams.duration(given) for given in ("90", "1.5m", "8h", "2d")] == [90, 90, 28800, 172800]
 
 
 def test_a_search_with_the_real_train_py_trains_and_then_has_nothing_to_do(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ import synthesize_results
 import train
 from model import schema
 from report.plots import points, read_journal
-from sweep import study
+from sweep.children import Planner
+from sweep.children import write as write_children
+from sweep.space import grid
 from utils import RunError, read_json, write_json
 
 ROOT = Path(__file__).parent.parent
@@ -281,8 +283,9 @@ def test_the_five_seeds_of_seed_000_are_one_row_per_setting(
         parent.mkdir()
         for name in ("params.json", "search.json"):
             shutil.copy(search.parent / name, parent)
-        children += study.plan(parent)
-    study.write(children)
+        planner = Planner.read(parent)
+        children += planner.children(grid(planner.search))
+    write_children(children)
     for child in children:
         params, problems = schema.resolve(child.params)
         assert problems == []

@@ -52,6 +52,18 @@ def test_every_best_value_is_bold_and_no_other() -> None:
     ]
 
 
+def test_a_pruned_run_is_shown_with_its_accuracy_and_is_not_the_best() -> None:
+    rows = [row("a", 0.9, "pruned at epoch 1 of 30"), row("b", 0.8), row("c", 0.7)]
+    assert [line[1] for line in cells(rows)[1:]] == ["0.9000", "**0.8000**", "0.7000"]
+    assert cells(rows)[1][-1] == "pruned at epoch 1 of 30"
+    assert [r.path for r in sort_rows([*rows, row("d")])] == ["b", "c", "a", "d"]
+
+
+def test_of_pruned_runs_alone_one_is_the_best() -> None:
+    rows = [row("a", 0.7, "pruned at epoch 1 of 30"), row("b", 0.8, "pruned at epoch 1 of 30"), row("c")]
+    assert [line[1] for line in cells(rows)[1:]] == ["0.7000", "**0.8000**", ""]
+
+
 def test_without_any_accuracy_nothing_is_bold() -> None:
     assert "**" not in to_markdown(create_frame([row("a"), row("b")]))
 

@@ -1,105 +1,328 @@
-"""Claims about the space: what search.json may hold, the order of its points and their names."""
+"""Claims about the space: its points and their order, conditions, the children's params and names."""
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
-from pathlib import Path
+import random
+import string
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from sweep.space import DEFAULT, MAX_NAME, grid, name_point, name_points, read_space
+from sweep.space import (
+    MAX_NAME,
+    Point,
+    Range,
+    Search,
+    Values,
+    active,
+    canonical,
+    child_params,
+    child_seed,
+    cover,
+    describe,
+    find,
+    grid,
+    is_excluded,
+    is_reachable,
+    name_point,
+    name_points,
+    same,
+    takes,
+)
 from utils import RunError
 
-PARAMS = {
+REFERENCE = {
+    "seed": 3,
     "num_epochs": 3,
-    "dataset": {"name": "cifar10", "batch_size": 128},
-    "student": {"name": "cnn"},
+    "teacher": "experiments/base_cnn",
     "loss": {"name": "kd", "alpha": 0.9, "temperature": 4.0},
     "optimizer": {"name": "adam", "learning_rate": 0.001},
 }
+SGD = {"name": "sgd", "learning_rate": 0.1}
+ADAM = {"name": "adam"}
+CONDITIONAL = Search(
+    {
+        "loss.name": Values(("kd", "ce", "dkd")),
+        "loss.temperature": Values((2, 4), {"loss.name": ["kd", "dkd"]}),
+        "loss.beta": Values((8.0,), {"loss.name": ["dkd"], "loss.temperature": [4.0]}),
+        "optimizer": Values((SGD, ADAM)),
+        "optimizer.momentum": Values((0.5, 0.9), {"optimizer.name": ["sgd"]}),
+    }
+)
 
 
-def read(path: Path, space: Any, params: dict[str, Any] = PARAMS) -> dict[str, list[Any]]:
-    path = path / "search.json"
-    path.write_text(space if isinstance(space, str) else json.dumps(space))
-    return read_space(path, params)
+def listed(*values: Any) -> Values:
+    return Values(values)
 
 
-def test_the_default_is_the_ancestors_grid_in_its_order(tmp_path: Path) -> None:
-    names = list(name_points(grid(read_space(tmp_path / "search.json", PARAMS))))
-    assert len(names) == 40
-    assert names[:3] == ["alpha_0.99_Temp_20.0", "alpha_0.99_Temp_10.0", "alpha_0.99_Temp_8.0"]
-    assert names[8] == "alpha_0.95_Temp_20.0"
-    assert names[-1] == "alpha_0.05_Temp_1.5"
+def random_search(draw: random.Random) -> Search:
+    """A space of listed values, with conditions on what stands above and with excluded points."""
+    space: dict[str, Values] = {}
+    for key in "abcde"[: draw.randint(1, 5)]:
+        above = draw.sample(list(space), draw.randint(0, len(space)))
+        when = {other: draw.sample(space[other].values, draw.randint(1, len(space[other].values))) for other in above}
+        space[key] = Values(tuple(range(draw.randint(1, 3))), when if draw.random() < 0.6 else {})
+    named = [draw.sample(list(space), draw.randint(1, len(space))) for _ in range(draw.randint(0, 2))]
+    return Search(space, exclude=tuple({key: draw.choice(space[key].values) for key in keys} for keys in named))
 
 
-def test_the_default_grid_fits_the_ancestors_flat_params(tmp_path: Path) -> None:
-    assert read_space(tmp_path / "search.json", {"alpha": 0.9, "temperature": 20}) == DEFAULT
+def by_hand(search: Search) -> Iterator[Point]:
+    """The full product, each point without the options whose conditions fail, each once: another way to the grid."""
+    seen = []
+    for values in itertools.product(*(dimension.values for dimension in search.space.values())):
+        full, point = dict(zip(search.space, values, strict=True)), {}
+        for key in search.space:
+            if all(other in point and point[other] in allowed for other, allowed in search.space[key].when.items()):
+                point[key] = full[key]
+        if point not in seen:
+            seen.append(point)
+            yield point
 
 
-def test_flat_params_have_their_bare_keys_varied_and_options_of_ours_by_their_path(tmp_path: Path) -> None:
-    flat = {"model_version": "cnn", "alpha": 0.9, "learning_rate": 0.001}
-    space = read(tmp_path, {"learning_rate": [0.1], "optimizer.weight_decay": [0], "model_version": ["cnn"]}, flat)
-    assert list(space) == ["learning_rate", "optimizer.weight_decay", "model_version"]
-    with pytest.raises(RunError, match=r"dropout_rate: no section of params.json has it"):
-        read(tmp_path, {"dropout_rate": [0.1]}, flat)
+def excluded_by_hand(search: Search, point: Point) -> bool:
+    return any(other.items() <= point.items() for other in search.exclude)
 
 
-def test_the_default_grid_needs_options_that_it_can_vary(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"search.json \(absent: the default grid\): alpha: no section"):
-        read_space(tmp_path / "search.json", {"loss": {"name": "ce"}})
-
-
-def test_the_first_key_is_the_outermost_loop_and_bare_keys_find_their_section(tmp_path: Path) -> None:
-    space = read(tmp_path, {"temperature": [2, 4], "optimizer.learning_rate": [0.1], "num_epochs": [1, 2]})
-    assert list(space) == ["loss.temperature", "optimizer.learning_rate", "num_epochs"]
-    assert PARAMS["num_epochs"] == 3  # reading a space leaves the reference as it is
-    assert PARAMS["loss"] == {"name": "kd", "alpha": 0.9, "temperature": 4.0}
-    assert [tuple(point.values()) for point in grid(space)] == [(2, 0.1, 1), (2, 0.1, 2), (4, 0.1, 1), (4, 0.1, 2)]
-
-
-def test_values_may_be_any_scalar_and_true_is_not_1(tmp_path: Path) -> None:
-    values = [1, True, 0.5, "text", None, False, 0]
-    assert read(tmp_path, {"alpha": values})["loss.alpha"] == values
+# --- values -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("space", "words"),
+    ("one", "other", "are_same"),
     [
-        ({}, "no points"),
-        ({"alpha": []}, "alpha: expected a list of at least one value, got []"),
-        ({"alpha": 0.5}, "alpha: expected a list of at least one value, got 0.5"),
-        ({"alpha": [[0.5]]}, "alpha: [0.5] is not a number"),
-        ({"alpha": [{"low": 0}]}, 'alpha: {"low": 0} is not a number'),
-        ({"alpha": [2, 0.5, 2.0]}, "alpha: 2.0 is there twice"),
-        ({"alpha": [0.0, -0.0]}, "alpha: -0.0 is there twice"),
-        ({"alpha": [0.5], "loss.alpha": [0.9]}, "loss.alpha: loss.alpha names the same option"),
-        ({"loss": ["kd"], "loss.alpha": [0.9]}, "loss.alpha: loss names the same option or a part of it"),
-        ({"alpah": [0.5]}, "alpah: no section of params.json has it; write it dotted, such as loss.alpah"),
-        ({"name": ["a"]}, "'name' is an option of several sections; write dataset.name or student.name"),
-        ({"num_epochs.x": [1]}, "'num_epochs' is 3, not a section"),
-        ({"loss..alpha": [1]}, "'loss..alpha' is no path"),
-        ({".": [1]}, "'.' is no path"),
-        ({"alpha": list(range(101)), "temperature": list(range(100))}, "10100 points; name keys and values"),
-        ('{"alpha": [1], "alpha": [2]}', "the key 'alpha' stands there twice"),
-        ('{"alpha": [NaN]}', "NaN is not a finite number"),
-        ("[1, 2]", "expected an object"),
-        ("{", "not JSON"),
+        (2, 2.0, True),
+        (0.0, -0.0, True),
+        (1, True, False),
+        (0, False, False),
+        ("1", 1, False),
+        (None, 0, False),
+        (None, None, True),
+        ([1, 2], [1.0, 2], True),
+        ([1, 2], [2, 1], False),
+        ({"a": 1, "b": [True]}, {"b": [True], "a": 1.0}, True),
+        ({"a": 1}, {"a": True}, False),
+        ([], {}, False),
+        ("text", "text", True),
     ],
 )
-def test_a_space_that_cannot_be_meant_is_one_line_with_the_file(tmp_path: Path, space: Any, words: str) -> None:
-    with pytest.raises(RunError) as caught:
-        read(tmp_path, space)
-    assert caught.value.exit_status == 2
-    assert f"{tmp_path / 'search.json'}: " in str(caught.value)
-    assert words in str(caught.value)
-    assert "\n" not in str(caught.value)
+def test_values_are_the_same_as_json_means_them(one: Any, other: Any, are_same: bool) -> None:
+    assert same(one, other) is same(other, one) is are_same
+    assert (canonical(one) == canonical(other)) is are_same
 
 
-def test_an_option_of_a_list_of_losses_is_refused_instead_of_guessed(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="not a section"):
-        read(tmp_path, {"loss.alpha": [1]}, {"loss": [{"name": "ce"}, {"name": "kd"}]})
+@pytest.mark.parametrize(
+    ("dimension", "inside", "outside"),
+    [
+        (listed(1, "kd", None, SGD), [1.0, "kd", None, {**SGD}], [True, "1", {}, ADAM]),
+        (Range(1, 8), [1, 8, 3, 4.0], [0, 9, 3.5, True, "3", None]),
+        (Range(1.0, 8), [1, 8, 3.5], [0.99, 8.01, True]),
+        (Range(0.1, 0.7, step=0.2), [0.1, 0.3, 0.5, 0.7], [0.2, 0.30001, 0.9]),
+        (Range(1, 8, step=3), [1, 4, 7.0], [8, 2]),
+    ],
+)
+def test_an_option_takes_what_is_listed_or_in_its_range_and_on_its_steps(
+    dimension: Values | Range, inside: list[Any], outside: list[Any]
+) -> None:
+    assert [value for value in inside + outside if takes(dimension, value)] == inside
+
+
+def test_a_dotted_key_is_found_in_points_in_params_and_in_sections_of_points() -> None:
+    assert find(REFERENCE, "loss.alpha") == (0.9,)
+    assert find({"loss.alpha": None}, "loss.alpha") == (None,)
+    assert find({"optimizer": SGD, "optimizer.momentum": 0.9}, "optimizer.name") == ("sgd",)
+    assert find({"optimizer": SGD, "optimizer.momentum": 0.9}, "optimizer.momentum") == (0.9,)
+    assert find({"a.b": {"c": {"d": 1}}}, "a.b.c.d") == (1,)
+    assert find(REFERENCE, "teacher.cache") == find(REFERENCE, "loss.beta") == find({}, "loss") == ()
+
+
+# --- points -----------------------------------------------------------------------------------------------
+
+
+def test_the_first_key_is_the_outermost_loop() -> None:
+    points = grid(Search({"b": listed(2, 4), "a": listed("x"), "c": listed(1, None)}))
+    assert [tuple(point.values()) for point in points] == [(2, "x", 1), (2, "x", None), (4, "x", 1), (4, "x", None)]
+    assert all(list(point) == ["b", "a", "c"] for point in points)
+
+
+def test_a_grid_is_the_product_without_what_conditions_and_exclusions_take_away() -> None:
+    for seed in range(300):
+        search = random_search(random.Random(seed))
+        expected = [point for point in by_hand(search) if not excluded_by_hand(search, point)]
+        assert [list(point.items()) for point in grid(search)] == [list(point.items()) for point in expected], search
+
+
+def test_an_option_is_there_only_if_its_conditions_hold_also_those_that_look_into_a_section() -> None:
+    points = grid(CONDITIONAL)
+    assert len(points) == (2 + 1 + 2) * (2 + 1)
+    for point in points:
+        assert ("loss.temperature" in point) == (point["loss.name"] != "ce")
+        assert ("loss.beta" in point) == (point["loss.name"] == "dkd" and point["loss.temperature"] == 4)
+        assert ("optimizer.momentum" in point) == (point["optimizer"] is SGD)
+    assert active(CONDITIONAL, "optimizer.momentum", {"optimizer": SGD})
+    assert not active(CONDITIONAL, "optimizer.momentum", {"optimizer": ADAM})
+    assert not active(CONDITIONAL, "loss.beta", {"loss.name": "dkd"})
+
+
+@pytest.mark.parametrize(
+    ("dimension", "values"),
+    [
+        (Range(0.1, 0.5, step=0.1), [0.1, 0.2, 0.3, 0.4, 0.5]),
+        (Range(0.0, 1.0, step=0.3), [0.0, 0.3, 0.6, 0.9]),
+        (Range(1, 10, step=3), [1, 4, 7, 10]),
+        (Range(1, 2, step=0.5), [1.0, 1.5, 2.0]),
+        (Range(-1e-05, 1e-05, step=1e-05), [-1e-05, 0.0, 1e-05]),
+    ],
+)
+def test_steps_are_decimal_numbers_without_dust(dimension: Range, values: list[float]) -> None:
+    points = grid(Search({"a": dimension}))
+    assert [json.dumps(point["a"]) for point in points] == [json.dumps(value) for value in values]
+    assert dimension.number_of_steps() == len(values)
+
+
+def test_a_range_without_a_step_has_no_grid() -> None:
+    with pytest.raises(RunError, match=r"loss\.alpha: a grid needs a list of values, or a step"):
+        grid(Search({"loss.alpha": Range(0, 1)}))
+
+
+def test_included_points_come_first_and_none_twice() -> None:
+    search = Search({"a": listed(1, 2, 3)}, include=({"a": 9}, {"a": 2}, {"a": 1, "b": 0}), exclude=({"a": 3},))
+    assert grid(search) == [{"a": 9}, {"a": 2}, {"a": 1, "b": 0}, {"a": 1}]
+
+
+def test_max_trials_cuts_a_grid_after_what_is_excluded() -> None:
+    search = Search({"a": listed(1, 2, 3, 4)}, include=({"a": 9},), exclude=({"a": 1},), max_trials=3)
+    assert grid(search) == [{"a": 9}, {"a": 2}, {"a": 3}]
+
+
+def test_without_options_there_is_the_reference_or_what_is_included() -> None:
+    assert grid(Search({}, seeds=(0, 1))) == [{}]
+    assert grid(Search({}, include=({"a": 1},))) == [{"a": 1}]
+
+
+def test_a_point_is_excluded_if_it_agrees_in_all_that_is_named() -> None:
+    search = Search({}, exclude=({"a": 1, "optimizer.name": "sgd"}, {"c": None}))
+    assert is_excluded(search, {"a": 1.0, "optimizer": SGD, "b": 2})
+    assert is_excluded(search, {"c": None})
+    assert not is_excluded(search, {"a": 1})
+    assert not is_excluded(search, {"a": 1, "optimizer": ADAM})
+    assert not is_excluded(search, {"a": True, "optimizer": SGD})
+
+
+def test_a_cover_takes_every_value_that_any_allowed_point_has() -> None:
+    for seed in range(300):
+        search = random_search(random.Random(seed))
+        allowed = [point for point in by_hand(search) if not excluded_by_hand(search, point)]
+        points = cover(search)
+        assert all(point in allowed for point in points)
+        taken = [{item for point in found for item in point.items()} for found in (points, allowed)]
+        assert taken[0] == taken[1], search
+        assert len(points) <= len(taken[1])
+
+
+def test_a_cover_is_small_and_takes_both_ends_of_a_range() -> None:
+    space = {f"a{i}": Range(0.5, i + 1.0) for i in range(20)} | {"b": listed(1, 2, 3)}
+    points = cover(Search(space))
+    assert len(points) == 3
+    assert {point["a7"] for point in points} == {0.5, 8.0}
+
+
+def test_a_cover_satisfies_a_condition_on_a_number_inside_a_range() -> None:
+    space = {"a": Range(1, 9), "b": Values((1, 2), {"a": [5]}), "c": Values((3,), {"b": [2]})}
+    assert {"a": 5, "b": 2, "c": 3} in cover(Search(space))
+
+
+def test_conditions_that_exclude_one_another_are_noticed() -> None:
+    space = {"a": listed(1, 2), "b": Values((1,), {"a": [1]}), "c": Values((1,), {"b": [1], "a": [2]})}
+    assert [is_reachable(Search(space), key) for key in space] == [True, True, False]
+    for seed in range(300):
+        search = Search(random_search(random.Random(seed)).space)
+        for key in search.space:
+            assert is_reachable(search, key) == any(key in point for point in by_hand(search)), (search, key)
+
+
+# --- children ---------------------------------------------------------------------------------------------
+
+
+def test_a_child_is_the_reference_with_the_points_options_and_the_reference_stays_as_it_is() -> None:
+    before = copy.deepcopy(REFERENCE)
+    search = Search({"loss.alpha": listed(0.5), "optimizer": listed(SGD)})
+    child = child_params(REFERENCE, {"loss.alpha": 0.5, "optimizer": SGD, "schedule.name": "cosine"}, search)
+    assert child == {
+        **REFERENCE,
+        "loss": {"name": "kd", "alpha": 0.5, "temperature": 4.0},
+        "optimizer": SGD,
+        "schedule": {"name": "cosine"},
+    }
+    child["optimizer"]["learning_rate"] = child["loss"]["name"] = "changed"
+    assert before == REFERENCE
+    assert SGD == {"name": "sgd", "learning_rate": 0.1}
+
+
+def test_no_child_of_any_point_changes_the_reference_or_another_child() -> None:
+    before = copy.deepcopy(REFERENCE)
+    children = [child_params(REFERENCE, point, CONDITIONAL) for point in grid(CONDITIONAL)]
+    texts = [json.dumps(child) for child in children]
+    assert len(set(texts)) == len(texts)
+    for child in children:
+        child["loss"]["name"] = child["optimizer"]["name"] = "changed"
+    assert [json.dumps(child_params(REFERENCE, point, CONDITIONAL)) for point in grid(CONDITIONAL)] == texts
+    assert before == REFERENCE
+
+
+def test_an_option_whose_condition_does_not_hold_is_left_out_even_if_the_reference_has_it() -> None:
+    for point in grid(CONDITIONAL):
+        child = child_params(REFERENCE, point, CONDITIONAL)
+        assert ("temperature" in child["loss"]) == (child["loss"]["name"] != "ce")
+        assert ("beta" in child["loss"]) == ("loss.beta" in point)
+        assert child["loss"]["alpha"] == 0.9
+    assert child_params(REFERENCE, {"loss.name": "ce"}, CONDITIONAL)["loss"] == {"name": "ce", "alpha": 0.9}
+    # what the point leaves open, the reference says
+    assert child_params(REFERENCE, {}, CONDITIONAL)["loss"] == REFERENCE["loss"]
+
+
+def test_a_part_is_set_in_the_points_own_section() -> None:
+    children = [child_params(REFERENCE, point, CONDITIONAL)["optimizer"] for point in grid(CONDITIONAL)]
+    assert children[:3] == [{**SGD, "momentum": 0.5}, {**SGD, "momentum": 0.9}, ADAM]
+
+
+def test_a_teacher_that_is_a_text_becomes_a_section_when_an_option_of_it_is_varied() -> None:
+    child = child_params(REFERENCE, {"teacher.cache": "lazy"}, Search({"teacher.cache": listed("lazy")}))
+    assert child["teacher"] == {"model_dir": "experiments/base_cnn", "cache": "lazy"}
+    assert REFERENCE["teacher"] == "experiments/base_cnn"
+
+
+def test_random_numbers_are_common_unless_each_point_has_a_seed_that_follows_from_it() -> None:
+    common, own = Search({}), Search({}, common_random_numbers=False)
+    points = [{"a": a, "b": b} for a in (1, 2, "1", True) for b in (0.5, None)]
+    assert {child_seed(common, REFERENCE, point) for point in points} == {3}
+    assert child_seed(common, {}, {"a": 1}) is None
+    seeds = [child_seed(own, REFERENCE, point) for point in points]
+    assert len(set(seeds)) == len(points)
+    assert all(seed is not None and 0 <= seed < 2**32 for seed in seeds)
+    assert seeds[0] == child_seed(own, REFERENCE, {"b": 0.5, "a": 1.0})  # the point decides, not how it is written
+    assert seeds[0] != child_seed(own, {**REFERENCE, "seed": 4}, points[0])
+    assert child_seed(own, REFERENCE, {"a": 1, "seed": 7}) == 7
+
+
+def test_each_option_is_described_in_a_line() -> None:
+    space = {
+        "loss.name": listed("kd", None, 0.5),
+        "loss.temperature": Range(1, 20, log=True, when={"loss.name": ["kd", None]}),
+        "loss.alpha": Range(0.1, 0.5, step=0.2),
+        "optimizer": listed(ADAM),
+    }
+    assert describe(Search(space)) == [
+        "loss.name: kd, null, 0.5",
+        "loss.temperature: whole numbers 1 to 20, log; only if loss.name is kd or null",
+        "loss.alpha: numbers 0.1 to 0.5 in steps of 0.2",
+        'optimizer: {"name": "adam"}',
+    ]
+
+
+# --- names ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -114,18 +337,68 @@ def test_an_option_of_a_list_of_losses_is_refused_instead_of_guessed(tmp_path: P
         ({"a.temperature": 1, "b.temperature": 2}, "a-temperature_1_b-temperature_2"),
         ({"student.pretrained": True, "teacher": None}, "pretrained_true_teacher_null"),
         ({"teacher": "experiments/base_cnn"}, "teacher_experiments-base_cnn"),
+        ({"dataset.augmentation": ["crop", "cutout"], "seed": 1}, "augmentation_crop-cutout_seed_1"),
+        ({"dataset.mean": [0.5, -1]}, "mean_0.5--1"),
+        ({"optimizer": {"name": "adam"}}, "optimizer_adam"),
     ],
 )
 def test_children_have_the_ancestors_names(point: dict[str, Any], name: str) -> None:
     assert name_point(point) == name
 
 
+def test_a_section_goes_by_its_name_where_that_tells_it_apart_and_keeps_it_when_others_are_added() -> None:
+    other, unlisted = {"name": "sgd", "learning_rate": 0.2}, {"name": "sgd"}
+    for sections in ([SGD, ADAM], [SGD, ADAM, other]):
+        space = {"optimizer": listed(*sections)}
+        names = [name_point({"optimizer": section}, space) for section in sections]
+        assert names[:2] == ["optimizer_sgd", "optimizer_adam"]
+    names += [name_point({"optimizer": unlisted}, space), name_point({"optimizer": {"lr": 1}}, space)]
+    assert len(set(names)) == 5
+    assert names[2].startswith("optimizer_sgd-")
+    # however it is written
+    assert name_point({"optimizer": {"learning_rate": 0.20, "name": "sgd"}}, space) == names[2]
+    assert name_point({"teacher": {"model_dir": "a/b"}}, {"teacher": listed({"model_dir": "a/b"})}) == "teacher_a-b"
+
+
+def test_a_label_does_not_depend_on_which_options_a_point_has() -> None:
+    space = {"loss.name": listed("kd"), "student.name": Values(("cnn",), {"loss.name": ["kd"]})}
+    assert name_point({"loss.name": "ce"}, space) == "loss-name_ce"
+
+
 @pytest.mark.parametrize("value", ["; rm -rf /", "$(x)", "../x", "a\nb", "/etc/passwd", "--help", "é", "", "..", "\0"])
-def test_whatever_the_value_a_name_is_a_direct_child_of_harmless_characters(tmp_path: Path, value: str) -> None:
-    name = name_point({"student.name": value})
-    assert (tmp_path / name).resolve().parent == tmp_path.resolve()
-    assert set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
-    assert name.startswith("name_")
+def test_whatever_the_value_a_name_is_a_direct_child_of_harmless_characters(value: str) -> None:
+    for given in (value, [value], {"name": value}, {value: value}, [[value]]):
+        name = name_point({"student.name": given})
+        assert set(name) <= set(string.ascii_letters + string.digits + "._-")
+        assert name.startswith("name_")
+
+
+def test_names_of_random_points_are_harmless_and_differ_or_are_refused() -> None:
+    draw = random.Random(0)
+    texts = ["", "a", "A", "a/b", "a-b", "é", "x" * 90, "x" * 90 + "y", "2", "true", ".", "a b"]
+
+    def value(depth: int = 2) -> Any:
+        kinds = [1, 1.0, 2, True, None, 1e-20, 1e20, draw.choice(texts), -draw.random()]
+        if depth:
+            kinds += [[value(depth - 1) for _ in range(draw.randint(0, 2))], {draw.choice(texts): value(depth - 1)}]
+            kinds += [{"name": draw.choice(texts), "x": value(depth - 1)}]
+        return draw.choice(kinds)
+
+    refused = 0
+    for _ in range(2000):
+        second = value()
+        points = [{"a.x": value(), "b.x": second} for _ in range(2)]
+        try:
+            named = name_points(points)
+        except RunError:
+            refused += 1
+            assert name_point(points[0]).casefold() == name_point(points[1]).casefold()
+            continue
+        assert list(named.values()) == points
+        assert len({name.casefold() for name in named}) == 2
+        assert all(len(name) <= MAX_NAME and name.startswith("a-x_") for name in named)
+        assert all(set(name) <= set(string.ascii_letters + string.digits + "._-") for name in named)
+    assert 0 < refused < 500
 
 
 def test_long_names_are_cut_and_stay_different() -> None:
@@ -135,7 +408,9 @@ def test_long_names_are_cut_and_stay_different() -> None:
     assert one[:-8] == other[:-8]
 
 
-@pytest.mark.parametrize("values", [("a/b", "a-b"), ("CNN", "cnn"), ("2", 2), ("true", True)])
+@pytest.mark.parametrize(
+    "values", [("a/b", "a-b"), ("CNN", "cnn"), ("2", 2), ("true", True), ("sgd", {"name": "sgd"}), (["a"], "a")]
+)
 def test_two_children_with_one_name_are_refused(values: tuple[Any, Any]) -> None:
     with pytest.raises(RunError, match="share the directory name") as caught:
         name_points([{"student.name": value} for value in values])

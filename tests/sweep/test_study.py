@@ -1,8 +1,10 @@
-"""Claims about a search: what it plans from the directories, what it refuses, and that one child never stops others."""
+"""Claims about running a search: one child never stops the others, and what each of them needs decides what is done."""
 
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,35 +12,34 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-import search_hyperparams
-from model.legacy import as_sections
 from sweep import study
+from sweep.children import Child, Planner, write
 from sweep.launchers.local import Local
-from sweep.study import Child, check, check_sources, plan, run, table, write
+from sweep.space import Search, grid
+from sweep.study import Handed, Rules, Study, status_of
+from sweep.trials import Fixed
+from sweep.view import View
 from utils import RunError
 
 MakeParent = Callable[..., Path]
-FLAT = {
-    "model_version": "cnn_distill",
-    "subset_percent": 1.0,
-    "augmentation": "yes",
-    "teacher": "resnet18",
-    "alpha": 0.9,
-    "temperature": 20,
-    "learning_rate": 0.001,
-    "batch_size": 128,
-    "num_epochs": 30,
-    "dropout_rate": 0.0,
-    "num_channels": 32,
-    "save_summary_steps": 100,
-    "num_workers": 4,
-}
 
 
-def search(parent: Path, slots: int = 1) -> int:
-    children = plan(parent)
+def plan(parent: Path) -> list[Child]:
+    planner = Planner.read(parent)
+    return planner.children(grid(planner.search))
+
+
+def run(children: list[Child], slots: int = 1, rules: Rules | None = None, search: Search | None = None) -> int:
+    launcher = Local([None] * slots)
+    return Study(Fixed(children), launcher, rules or Rules(), search or Search({}), "parent").run(View())
+
+
+def search(parent: Path, slots: int = 1, **rules: Any) -> int:
+    """Plans and runs a grid, as the command does."""
+    planner = Planner.read(parent)
+    children = planner.children(grid(planner.search))
     write(children)
-    return run(children, Local(slots))
+    return run(children, slots, Rules(**rules), planner.search)
 
 
 def put_run(child: Child, **run: Any) -> None:
@@ -49,139 +50,12 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+def num_attempts(child_dir: Path) -> int:
+    return len(read(child_dir / "run.json")["attempts"])
+
+
 def snapshot(parent: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in parent.rglob("*") if path.is_file()}
-
-
-def test_a_child_is_the_reference_with_overrides_and_its_point(make_parent: MakeParent) -> None:
-    parent = make_parent({"alpha": [0.1], "student.name": ["cnn"]})
-    children = plan(parent, ["temperature=8", "seed=1"])
-    write(children)
-    text = (parent / "alpha_0.1_name_cnn" / "params.json").read_text()
-    assert json.loads(text) == {
-        "num_epochs": 3,
-        "loss": {"name": "kd", "alpha": 0.1, "temperature": 8},
-        "stub": {"do": "ok", "seconds": 0},
-        "seed": 1,
-        "student": {"name": "cnn"},
-    }
-    assert '\n    "loss": {\n        "name": "kd",' in text
-
-
-def test_an_override_of_what_is_varied_is_refused(make_parent: MakeParent) -> None:
-    with pytest.raises(RunError, match=r"--overrides: loss.alpha is what .*search.json varies"):
-        plan(make_parent({"alpha": [0.1]}), ["loss.alpha=0.5"])
-
-
-def test_without_params_the_parents_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"params.json: does not exist"):
-        plan(tmp_path)
-
-
-def test_writing_again_changes_nothing(make_parent: MakeParent) -> None:
-    parent = make_parent({"alpha": [0.1, 0.2]})
-    write(plan(parent))
-    before = {path: path.stat().st_mtime_ns for path in parent.rglob("*")}
-    write(plan(parent))
-    assert {path: path.stat().st_mtime_ns for path in parent.rglob("*")} == before
-
-
-def test_a_child_with_other_params_is_refused_with_the_difference(make_parent: MakeParent) -> None:
-    parent = make_parent({"alpha": [0.1, 0.2]})
-    write(plan(parent)[1:])
-    parent = make_parent({"alpha": [0.1, 0.2]}, num_epochs=5, seed=9)
-    with pytest.raises(RunError) as caught:
-        plan(parent)
-    assert f"{parent / 'alpha_0.2' / 'params.json'} is not what" in str(caught.value)
-    assert "seed: 'absent' -> 9" in str(caught.value)
-    assert "num_epochs" not in str(caught.value)  # more epochs are no other experiment
-    assert "remove that directory or undo the change" in str(caught.value)
-    assert not (parent / "alpha_0.1").exists()
-
-
-def test_more_epochs_in_the_parent_reach_children_that_exist(make_parent: MakeParent) -> None:
-    parent = make_parent({"alpha": [0.1, 0.2]})
-    write(plan(parent))
-    write(plan(make_parent({"alpha": [0.1, 0.2]}, num_epochs=5)))
-    for name in ("alpha_0.1", "alpha_0.2"):
-        assert json.loads((parent / name / "params.json").read_text())["num_epochs"] == 5
-
-
-@pytest.mark.parametrize("teacher", ["nowhere", {"model_dir": "nowhere", "restore_file": "last"}])
-def test_a_missing_teacher_is_found_before_any_child_is_made(make_parent: MakeParent, teacher: Any) -> None:
-    parent = make_parent({"alpha": [0.1, 0.2]}, teacher=teacher)
-    children = plan(parent)
-    with pytest.raises(RunError, match="teacher nowhere does not exist"):
-        check_sources(children)
-    assert not list(parent.glob("alpha_*"))
-
-
-def test_children_without_a_teacher_need_none(make_parent: MakeParent) -> None:
-    check_sources(plan(make_parent({"alpha": [0.1]})))
-    check_sources(plan(make_parent({"alpha": [0.1]}, teacher=None)))
-
-
-def test_a_file_in_the_way_of_a_child_is_one_line(make_parent: MakeParent) -> None:
-    parent = make_parent({"alpha": [0.1]})
-    (parent / "alpha_0.1").write_text("")
-    with pytest.raises(RunError, match=r"cannot write .*alpha_0.1: File exists"):
-        write(plan(parent))
-
-
-def test_problems_are_told_before_anything_is_written_and_name_the_childs_own_path(
-    make_parent: MakeParent, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(study, "CHECKED_AT_ONCE", 2)
-    parent = make_parent({"alpha": [0.5, 1.5, 0.6, 2.5]})
-    before = snapshot(parent)
-    with pytest.raises(RunError) as caught:
-        check(plan(parent))
-    assert str(caught.value).splitlines() == [
-        f"{parent}/alpha_1.5/params.json: loss.alpha: 1.5 is above 1",
-        f"{parent}/alpha_2.5/params.json: loss.alpha: 2.5 is above 1",
-    ]
-    assert caught.value.exit_status == 2
-    assert snapshot(parent) == before
-    check(plan(make_parent({"alpha": [0.5, 0.6, 0.7]})))
-
-
-def test_a_check_that_dies_silently_is_not_a_pass(make_parent: MakeParent) -> None:
-    with pytest.raises(RunError, match=r"train.py --check: killed by signal 11"):
-        check(plan(make_parent({"loss.name": ["crash"]})))
-
-
-def test_the_table_says_what_would_happen_to_each_child(make_parent: MakeParent) -> None:
-    parent = make_parent({"alpha": [1, 2, 3, 4, 5, 6, 7, 8], "student.name": ["a|b"]})
-    children = plan(parent)
-    write(children)
-    put_run(children[1], status="completed", epoch=3)
-    put_run(children[2], status="completed", epoch=2)
-    put_run(children[3], status="interrupted", epoch=1)
-    put_run(children[4], status="running", epoch=1)
-    put_run(children[5], status="failed", reason="diverged", epoch=1)
-    put_run(children[6], status="running", epoch=1)
-    (children[7].dir / "run.json").write_text("{")
-    with FileLock(children[6].dir / ".lock"):
-        text = table(children)
-    header, _, *rows, _, counts = text.splitlines()
-    assert [cell.strip() for cell in header.strip("|").split("|")] == [
-        "child",
-        "loss.alpha",
-        "student.name",
-        "what happens",
-    ]
-    assert [row.rpartition(" | ")[2].strip(" |") for row in rows] == [
-        "run",
-        "skip: completed",
-        "resume at epoch 3",
-        "resume at epoch 2",
-        "resume at epoch 2",
-        "run again: failed (diverged)",
-        "leave: running elsewhere",
-        "run again: failed (run.json cannot be read)",
-    ]
-    assert "a\\|b" in rows[0]
-    assert counts == "8 children: 6 to run, 1 completed, 1 running elsewhere"
 
 
 def test_finished_children_are_not_started_again(make_parent: MakeParent, lines: list[str]) -> None:
@@ -194,24 +68,86 @@ def test_finished_children_are_not_started_again(make_parent: MakeParent, lines:
     assert "best: alpha_0.2: accuracy 0.2000 at epoch 2" in lines
 
 
-def test_interrupted_and_failed_children_run_again(make_parent: MakeParent, lines: list[str]) -> None:
+def test_interrupted_children_and_those_of_a_killed_search_go_on(make_parent: MakeParent, lines: list[str]) -> None:
     children = plan(make_parent({"alpha": [0.1, 0.2]}))
     write(children)
     put_run(children[0], status="interrupted", epoch=1)
-    put_run(children[1], status="failed", epoch=1)
-    assert run(children, Local()) == 0
+    put_run(children[1], status="running", epoch=1)
+    assert run(children) == 0
     assert all(child.is_finished() for child in children)
 
 
-def test_a_child_that_another_process_runs_is_left_to_it(make_parent: MakeParent, lines: list[str]) -> None:
+def test_failed_children_are_left_alone_until_it_is_asked_for(make_parent: MakeParent, lines: list[str]) -> None:
     children = plan(make_parent({"alpha": [0.1, 0.2]}))
     write(children)
-    put_run(children[0], status="running", epoch=1)
-    with FileLock(children[0].dir / ".lock"):
-        assert run(children, Local()) == 1
+    put_run(children[0], status="failed", reason="storage", epoch=1)
+    assert run(children) == 1
     assert not (children[0].dir / "console.log").exists()
-    assert children[1].is_finished()
-    assert "1 done, 0 skipped, 0 failed, 1 running elsewhere, 0 not started" in lines
+    told = "alpha_0.1 failed in an earlier search (storage); --rerun failed tries it again"
+    assert [line for line in lines if told in line][-1] == told
+    assert run(children, rules=Rules(rerun="failed")) == 0
+
+
+@pytest.mark.parametrize(("rerun", "left"), [("none", ["mine"]), ("stale", []), ("all", [])])
+def test_what_is_run_anew_has_lost_its_earlier_results(
+    make_parent: MakeParent, lines: list[str], rerun: str, left: list[str]
+) -> None:
+    children = plan(make_parent({"alpha": [0.1]}))
+    write(children)
+    put_run(children[0], status="interrupted", epoch=1)
+    (children[0].dir / "metrics_val_last_weights.json").write_text('"mine"')
+    assert run(children, rules=Rules(rerun=rerun)) == 0
+    assert [read(path) for path in children[0].dir.glob("metrics_*")] == left
+    assert num_attempts(children[0].dir) == 1
+
+
+def test_all_are_run_anew_where_that_is_asked_for_but_each_only_once(make_parent: MakeParent, lines: list[str]) -> None:
+    parent = make_parent({"alpha": [0.1], "stub.do": ["ok", "fail_once"]})
+    search(parent)
+    assert search(parent, rerun="all", retry=1) == 0
+    assert [num_attempts(parent / f"alpha_0.1_do_{do}") for do in ("ok", "fail_once")] == [1, 2]
+
+
+def test_a_failure_is_tried_again_as_often_as_allowed(make_parent: MakeParent, lines: list[str]) -> None:
+    parent = make_parent({"stub.do": ["segfault", "fail_once", "diverge", "fail"]})
+    assert search(parent, retry=2) == 1
+    assert [num_attempts(parent / f"do_{do}") for do in ("segfault", "fail_once", "diverge", "fail")] == [3, 2, 1, 1]
+    assert sum("tried again (1 of 2)" in line for line in lines) == 2
+    assert sum("tried again (2 of 2)" in line for line in lines) == 1
+
+
+def test_a_child_that_others_run_is_waited_for_and_counts_as_done(make_parent: MakeParent, lines: list[str]) -> None:
+    children = plan(make_parent({"alpha": [0.1, 0.2]}))
+    write(children)
+    put_run(children[0], status="running", epoch=1, attempts=[{"pid": 7, "host": "far away"}])
+    lock = FileLock(children[0].dir / ".lock", thread_local=False)
+    lock.acquire()
+
+    def finish() -> None:
+        while not children[1].is_finished():
+            time.sleep(0.02)
+        put_run(children[0], status="completed", epoch=3, best={"accuracy": 0.7, "epoch": 3})
+        lock.release()
+
+    other = threading.Thread(target=finish)
+    other.start()
+    assert run(children) == 0
+    other.join()
+    assert not (children[0].dir / "console.log").exists()
+    assert "alpha_0.1 is running elsewhere: process 7 on far away" in lines
+    assert "1 done, 1 skipped, 0 failed, 0 not started" in lines
+    assert lines[-1] == "best: alpha_0.1: accuracy 0.7000 at epoch 3"
+
+
+def test_a_child_that_others_have_killed_is_taken_over(make_parent: MakeParent, lines: list[str]) -> None:
+    children = plan(make_parent({"alpha": [0.1]}))
+    write(children)
+    put_run(children[0], status="running", epoch=1)
+    lock = FileLock(children[0].dir / ".lock", thread_local=False)
+    lock.acquire()
+    threading.Timer(0.5, lock.release).start()
+    assert run(children) == 0
+    assert children[0].is_finished()
 
 
 def test_no_failure_stops_the_others_and_each_is_told_twice(
@@ -229,10 +165,56 @@ def test_no_failure_stops_the_others_and_each_is_told_twice(
     for name, words in failures.items():
         told = [line for line in lines if f"{name} failed: {words}" in line]
         assert [line.startswith("[") for line in told] == [True, False]
-    assert any(line.endswith("/6] do_locked is running elsewhere") for line in lines)
+    assert any(line.startswith("do_locked is running elsewhere") for line in lines)
+    assert any(line.endswith("/6] do_locked: accuracy 0.9000 at epoch 2") for line in lines)
     assert any(line.endswith("/6] do_ok: accuracy 0.9000 at epoch 2") for line in lines)
-    assert "1 done, 0 skipped, 4 failed, 1 running elsewhere, 0 not started" in lines
-    assert lines[-1] == "best: do_ok: accuracy 0.9000 at epoch 2"
+    assert "2 done, 0 skipped, 4 failed, 0 not started" in lines
+
+
+def test_at_the_first_failure_all_stop_where_that_is_asked_for(make_parent: MakeParent, lines: list[str]) -> None:
+    parent = make_parent({"stub.do": ["sleep", "fail", "ok"]})
+    assert search(parent, 2, fail_fast=True) == 1
+    assert read(parent / "do_sleep/run.json")["status"] == "interrupted"
+    assert not (parent / "do_ok/run.json").exists()
+    assert "0 done, 0 skipped, 1 failed, 1 interrupted, 1 not started" in lines
+
+
+def test_after_its_time_a_search_saves_and_can_go_on(make_parent: MakeParent, lines: list[str]) -> None:
+    parent = make_parent({"stub.do": ["sleep", "ok"]})
+    with pytest.raises(
+        RunError, match=r"after 0 of 2 children: the time of --timeout is over; the same command"
+    ) as ended:
+        search(parent, timeout=0.5)
+    assert ended.value.exit_status == 75
+    assert read(parent / "do_sleep/run.json")["status"] == "interrupted"
+
+
+def test_a_child_that_takes_too_long_has_failed_and_the_others_go_on(make_parent: MakeParent, lines: list[str]) -> None:
+    parent = make_parent({"stub.do": ["sleep", "ok"]})
+    assert search(parent, trial_timeout=2.0) == 1
+    assert read(parent / "do_sleep/run.json")["reason"] == "timeout"
+    assert "do_sleep failed: longer than --trial_timeout, after epoch 1" in lines
+    assert read(parent / "do_ok/run.json")["status"] == "completed"
+
+
+def test_a_child_that_does_not_end_when_told_to_is_killed(
+    make_parent: MakeParent, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "GRACE_SECONDS", 0.2)
+    assert search(make_parent({"stub.do": ["stubborn"]}), trial_timeout=0.5) == 1
+
+
+def test_with_the_stop_file_no_more_are_started_and_those_that_run_end_normally(
+    make_parent: MakeParent, lines: list[str], tmp_path: Path
+) -> None:
+    parent = make_parent({"alpha": [0.1, 0.2]}, stub={"do": "ok", "seconds": 0.5})
+    stop_file = tmp_path / "stop"
+    threading.Timer(0.2, stop_file.touch).start()
+    with pytest.raises(RunError, match=r"after 1 of 2 children: .*stop is there \(remove it to go on\)") as ended:
+        search(parent, stop_file=stop_file)
+    assert ended.value.exit_status == 75
+    assert read(parent / "alpha_0.1/run.json")["status"] == "completed"
+    assert not (parent / "alpha_0.2/run.json").exists()
 
 
 def test_an_earlier_attempts_reason_is_not_given_for_this_one(make_parent: MakeParent, lines: list[str]) -> None:
@@ -242,15 +224,16 @@ def test_an_earlier_attempts_reason_is_not_given_for_this_one(make_parent: MakeP
     put_run(child, status="failed", reason="diverged", epoch=1)
     child.run_before = child.read_run()
     (child.dir / "console.log").write_text("bad\n")
-    assert study.judge(child, 75, False)[0] == "running elsewhere"
-    assert "diverged" not in study.judge(child, 2, False)[1]
+    judge = Study(Fixed(children), Local([None]), Rules(), Search({}), "parent")._judge
+    assert judge(Handed(child, 0.0, begun=True), 75)[0] == "elsewhere"
+    assert "diverged" not in judge(Handed(child, 0.0, begun=True), 2)[1]
 
 
 def test_a_child_that_cannot_be_started_is_a_failure_like_another(make_parent: MakeParent, lines: list[str]) -> None:
     children = plan(make_parent({"alpha": [0.1, 0.2]}))
     write(children)
     (children[0].dir / "console.log").mkdir()
-    assert run(children, Local()) == 1
+    assert run(children) == 1
     assert any("alpha_0.1 failed: it could not be started: " in line for line in lines)
     assert children[1].is_finished()
 
@@ -270,118 +253,25 @@ def test_the_parent_itself_is_never_trained(make_parent: MakeParent, lines: list
     assert not (parent / "run.json").exists()
 
 
-# --- parents of the ancestor ----------------------------------------------------------------------------------
-
-
-def make_flat(folder: Path, space: dict[str, Any] | None = None, **changes: Any) -> Path:
-    """Writes a flat params.json; `...` leaves a key out."""
-    folder.mkdir(parents=True, exist_ok=True)
-    flat = {key: value for key, value in {**FLAT, **changes}.items() if value is not ...}
-    (folder / "params.json").write_text(json.dumps(flat, indent=4))
-    if space is not None:
-        (folder / "search.json").write_text(json.dumps(space))
-    return folder
-
-
-def test_children_of_a_flat_parent_are_flat_and_those_of_the_ancestors_search(tmp_path: Path) -> None:
-    children = plan(make_flat(tmp_path), as_sections=as_sections)
+def test_with_several_seeds_the_best_point_is_the_one_with_the_best_mean(
+    make_parent: MakeParent, lines: list[str]
+) -> None:
+    children = plan(make_parent({"alpha": [0.1, 0.2], "seeds": [0, 1]}))
     write(children)
-    assert [child.dir.name for child in children[:2]] == ["alpha_0.99_Temp_20.0", "alpha_0.99_Temp_10.0"]
-    assert len(children) == 40
-    params = read(tmp_path / "alpha_0.5_Temp_4.5" / "params.json")
-    assert list(params) == list(FLAT)
-    assert params == FLAT | {"alpha": 0.5, "temperature": 4.5}
+    for child, accuracy in zip(children, (0.9, 0.1, 0.6, 0.7), strict=True):
+        put_run(child, status="completed", epoch=3, best={"accuracy": accuracy, "epoch": 1})
+    assert run(children, search=Search({}, seeds=(0, 1))) == 0
+    assert lines[-1] == "best: alpha_0.2: val.accuracy 0.6500 ± 0.0707 over 2 seeds"
 
 
-def test_a_flat_parent_has_its_own_space_and_may_vary_options_of_ours(tmp_path: Path) -> None:
-    space = {"temperature": [2, 4], "augmentation": ["no"], "optimizer.weight_decay": [0.1]}
-    children = plan(make_flat(tmp_path, space), as_sections=as_sections)
-    assert [child.dir.name for child in children] == [
-        "Temp_2_augmentation_no_weight_decay_0.1",
-        "Temp_4_augmentation_no_weight_decay_0.1",
-    ]
-    changes = {"temperature": 4, "augmentation": "no", "optimizer": {"weight_decay": 0.1}}
-    assert children[1].params == FLAT | changes
-
-
-def test_overrides_of_a_flat_parent_say_where_the_data_is(tmp_path: Path) -> None:
-    parent = make_flat(tmp_path, {"alpha": [0.5]})
-    children = plan(parent, ["dataset.data_dir=/data", "num_epochs=1", "temperature=2"], as_sections)
-    changes = {"alpha": 0.5, "temperature": 2, "num_epochs": 1, "dataset": {"data_dir": "/data"}}
-    assert children[0].params == FLAT | changes
-    with pytest.raises(RunError, match=r"alpha is what .*search.json varies"):
-        plan(parent, ["alpha=0.1"], as_sections)
-
-
-def test_children_that_the_ancestor_made_are_taken_as_they_are(tmp_path: Path) -> None:
-    """Its generated files lack keys that the parent got later, with the meaning that the files had without them."""
-    parent = make_flat(tmp_path, {"alpha": [0.5], "temperature": [2.0]})
-    child = make_flat(parent / "alpha_0.5_Temp_2.0", alpha=0.5, temperature=2.0, augmentation=..., subset_percent=...)
-    before = snapshot(parent)
-    write(plan(parent, as_sections=as_sections))
-    assert snapshot(parent) == before
-    make_flat(child, alpha=0.5, temperature=2.0, augmentation=..., num_channels=16)
-    with pytest.raises(RunError, match=r"student.num_channels: 16 -> 32\)"):
-        plan(parent, as_sections=as_sections)
-
-
-def test_flat_children_may_be_told_where_the_data_is_and_how_long_to_train(tmp_path: Path) -> None:
-    parent = make_flat(tmp_path, {"alpha": [0.5]})
-    write(plan(parent, as_sections=as_sections))
-    write(plan(parent, ["dataset.data_dir=/data", "num_epochs=60", "num_workers=0"], as_sections))
-    params = read(parent / "alpha_0.5" / "params.json")
-    assert (params["num_epochs"], params["num_workers"], params["dataset"]) == (60, 0, {"data_dir": "/data"})
-
-
-def test_the_teacher_of_flat_children_is_the_directory_that_its_name_stands_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    children = plan(make_flat(tmp_path, {"alpha": [0.5]}), as_sections=as_sections)
-    with pytest.raises(RunError, match="teacher experiments/base_resnet18 does not exist"):
-        check_sources(children, as_sections)
-    teacher = make_flat(tmp_path / "experiments" / "base_resnet18", model_version="resnet18", teacher="none")
-    with pytest.raises(RunError, match=r"teacher experiments/base_resnet18 has no best.pth.tar"):
-        check_sources(children, as_sections)
-    (teacher / "best.pth.tar").touch()
-    check_sources(children, as_sections)
-
-
-def test_a_teacher_that_the_ancestor_would_not_have_used_is_not_looked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    parent = make_flat(tmp_path, {"dropout_rate": [0.0, 0.5]}, model_version="cnn")
-    check_sources(plan(parent, as_sections=as_sections), as_sections)
-
-
-def test_the_command_searches_a_flat_parent_and_says_what_it_assumed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    parent = make_flat(tmp_path / "parent", {"alpha": [0.5, 0.9]})
-    arguments = ["--parent_dir", str(parent), "--overrides", "num_epochs=3"]
-    with pytest.raises(RunError, match="teacher experiments/base_resnet18 does not exist"):
-        search_hyperparams.main(arguments)
-    assert sorted(path.name for path in parent.iterdir()) == ["params.json", "search.json"]
-    (make_flat(tmp_path / "experiments" / "base_resnet18", model_version="resnet18") / "best.pth.tar").touch()
-    make_flat(parent / "alpha_0.5", alpha=0.5, augmentation=...)  # the ancestor's own
-    assert search_hyperparams.main(arguments) == 0
-    assert {read(path)["status"] for path in parent.glob("*/run.json")} == {"completed"}
-    first = (parent / "search_hyperparameters.log").read_text().splitlines()[0]
-    assert (
-        f"WARNING: {parent / 'params.json'} is one of the ancestor's: VALIDATED AND SELECTED ON THE TEST SET" in first
-    )
-    assert "teacher resnet18 is experiments/base_resnet18" in first
-
-
-def test_starting_weights_that_are_not_there_are_found_before_anything_is_written(
-    make_parent: MakeParent, tmp_path: Path
-) -> None:
-    weights = tmp_path / "some.pth.tar"
-    student = {"name": "tiny", "init_from": str(weights)}
-    children = plan(make_parent({"alpha": [0.1, 0.2]}, teacher=None, student=student))
-    with pytest.raises(RunError, match=r"student\.init_from: .*some\.pth\.tar does not exist"):
-        check_sources(children)
-    weights.write_bytes(b"")
-    check_sources(children)
+def test_the_status_is_that_of_the_directories(make_parent: MakeParent) -> None:
+    children = plan(make_parent({"alpha": [0.1, 0.2, 0.3, 0.4]}))
+    write(children)
+    put_run(children[0], status="completed", epoch=3, best={"accuracy": 0.5, "epoch": 1})
+    put_run(children[1], status="running", epoch=1, num_epochs=3)
+    put_run(children[2], status="running", epoch=2, num_epochs=3)
+    with FileLock(children[1].dir / ".lock"):
+        found = status_of(children, 4, Search({}), "parent")
+    assert found.counts == {"completed": 1, "pruned": 0, "failed": 0, "running": 1, "waiting": 2}
+    assert [(running.name, running.epoch, running.num_epochs) for running in found.running] == [("alpha_0.2", 1, 3)]
+    assert found.best == "alpha_0.1: accuracy 0.5000 at epoch 1"
