@@ -57,10 +57,10 @@ def run_main(main: Callable[[], int]) -> None:
 
 
 class ConsoleHandler(logging.Handler):
-    """Writes lines above a progress bar; a closed standard output ends the lines, not the training."""
+    """Writes lines above a progress bar; a terminal or reader that has gone ends the lines, not the training."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(BrokenPipeError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
             tqdm.write(self.format(record), file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout)
             sys.stdout.flush()
 

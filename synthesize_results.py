@@ -54,7 +54,7 @@ def main() -> int:
     try:
         for name, content in (("results.md", text), ("results.csv", to_csv(frame))):
             write_file(args.parent_dir / name, content.encode())
-        for path, image in chain(draw_plots(journals, args.parent_dir), draw_maps(rows if args.plots else [])):
+        for path, image in chain(draw_maps(rows if args.plots else []), draw_plots(journals, args.parent_dir)):
             write_file(path, image)
     finally:  # also where the folder is someone else's and cannot be written
         if args.quiet:

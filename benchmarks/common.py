@@ -6,6 +6,7 @@ A benchmark imports this first: it puts the repository on the path.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
@@ -18,7 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from process import PACKAGES, provenance  # noqa: E402
-from utils import write_file  # noqa: E402
+from utils import read_json, write_file  # noqa: E402
+
+NO_OP = ROOT / "benchmarks" / "no_op.py"
 
 
 def create_parser(doc: str | None) -> argparse.ArgumentParser:
@@ -41,6 +44,53 @@ def dataset_options(args: argparse.Namespace) -> dict[str, Any]:
         if args.cache_dir:
             options["cache_dir"] = str(args.cache_dir)
     return options
+
+
+def add_search_options(parser: argparse.ArgumentParser, epochs: int, subset: float) -> None:
+    """Adds what a search of the ancestor's student is made of, with the defaults of a benchmark."""
+    parser.add_argument("--teacher_dir", type=Path, required=True, help="a trained teacher, such as base_resnet20")
+    parser.add_argument("--epochs", type=int, default=epochs, help=f"of a full trial (default {epochs})")
+    parser.add_argument("--subset", type=float, default=subset, help=f"part of the images to train on ({subset})")
+    parser.add_argument("--jobs", type=int, default=2)
+
+
+def taught(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the params of the ancestor's search, changed in what the options of the two kinds above say."""
+    params = read_json(ROOT / "experiments" / "cnn_distill_alpha_temp" / "params.json")
+    params["num_epochs"] = args.epochs
+    params["dataset"] |= dataset_options(args) | {"subset_fraction": args.subset}
+    params["teacher"] |= {"model_dir": str(args.teacher_dir.absolute()), "cache_dir": str(args.work_dir / "store")}
+    return params
+
+
+def children_of(parent: Path) -> list[Path]:
+    """Returns the experiment directories of a search, by name."""
+    return sorted(path.parent for path in parent.glob("*/params.json"))
+
+
+def journal_of(child: Path) -> list[int]:
+    """Returns the epochs that an experiment's journal has, in its order."""
+    path = child / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line)["epoch"] for line in lines]
+
+
+def search_command(
+    *arguments: object, train: Path = NO_OP, python: Path | str = sys.executable, before: str = ""
+) -> list[str]:
+    """Returns the command of a search whose children run another script than train.py; `before` is a line of code."""
+    code = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from process import run_main
+from search_hyperparams import main
+from sweep.launchers import base
+base.TRAIN = Path({str(train)!r})
+{before}
+run_main(main)
+"""
+    return [str(python), "-c", code, *map(str, arguments)]
 
 
 def run_script(name: str, *arguments: object) -> None:

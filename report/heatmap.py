@@ -204,8 +204,7 @@ def _norm(found: Map) -> Normalize:
     from matplotlib.colors import Normalize
 
     means = [cell.mean for cell in found.cells.values() if cell.accuracies]
-    low, high = min(means), max(means)
-    return Normalize(low, high) if low < high else Normalize(low - 0.5, high + 0.5)
+    return Normalize(min(means), max(means))
 
 
 def _name(axes: Axes, found: Map, more: str = "") -> None:

@@ -102,8 +102,7 @@ def _list_gpus() -> str:
     with contextlib.suppress(OSError):
         process = subprocess.Popen(QUERY, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         try:
-            listed = process.communicate(timeout=QUERY_SECONDS)[0]
-            return "" if process.returncode else listed.decode(errors="replace")
+            return process.communicate(timeout=QUERY_SECONDS)[0].decode(errors="replace")
         except subprocess.TimeoutExpired:
             process.kill()
             with contextlib.suppress(subprocess.TimeoutExpired):

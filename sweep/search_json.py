@@ -310,11 +310,7 @@ class _Reader:
             key = name
             try:
                 key = self._resolve(name)
-                if key in self.space:
-                    raise RunError(f"{key} names the same option; keep one of them")
-                dimension = self._dimension(spec)
-                self._check_parts(key, dimension)
-                self.space[key] = dimension
+                self.space[key] = self._as_part(key, self._dimension(spec))
             except ValidationError as error:
                 self.problems += _lines(error, RangeSection if _is_range(spec) else ChoiceSection, name)
                 self._faulty.add(key)
@@ -339,8 +335,12 @@ class _Reader:
             set_value(copy.deepcopy(dict(self.params)), key, None)  # refuses a path through what is no section
         return key
 
-    def _check_parts(self, key: str, dimension: Dimension) -> None:
-        """Raises unless what an option is a part of stands above it, and is a section wherever the option exists."""
+    def _as_part(self, key: str, dimension: Dimension) -> Dimension:
+        """Returns an option with the conditions of the section that it is a part of, if that is varied too.
+
+        Raises:
+            RunError: It does not stand above, is no section wherever the option exists, or has the option itself.
+        """
         for other in [other for other in self.space if _overlap(key, [other])]:
             above = self.space[other]
             values = above.values if isinstance(above, Values) and key.startswith(f"{other}.") else ()
@@ -350,6 +350,12 @@ class _Reader:
                 raise RunError(f"{other} names the same option or a part of it; keep one of them")
             if any(find({other: value}, key) for value in values):
                 raise RunError(f"a section of {other} has it, too; keep it in one of the two places")
+            both = {
+                name: [value for value in listed if any(same(value, v) for v in dimension.when.get(name, listed))]
+                for name, listed in above.when.items()
+            }
+            dimension = replace(dimension, when={**dimension.when, **both})
+        return dimension
 
     def _dimension(self, spec: Any) -> Dimension:
         if _is_range(spec):
@@ -404,6 +410,7 @@ class _Reader:
         return replace(search, include=include, exclude=exclude)
 
     def _points(self, kind: str, given: Iterable[Point], read: Callable[[Point], Point]) -> tuple[Point, ...]:
+        """Returns the points of `include` or `exclude` that can be read."""
         points = []
         for index, named in enumerate(given):
             try:

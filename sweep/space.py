@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -304,7 +304,7 @@ def child_params(reference: Mapping[str, Any], point: Point, search: Search) -> 
     for key, value in point.items():
         set_value(params, key, copy.deepcopy(value))
     for key, dimension in search.space.items():
-        if not holds(dimension.when, params):
+        if not holds(dimension.when, ChainMap(point, params)):  # a section is compared without parts that are varied
             remove(params, key)
     return params
 

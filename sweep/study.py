@@ -74,7 +74,7 @@ class Tally:
         self.lines: dict[str, list[str]] = {"done": [], "skipped": [], "failed": []}
         self.seconds: list[float] = []  # that finished children have taken
         self._scores: dict[int, list[float]] = {}
-        self._best: tuple[float, str] | None = None
+        self._best: tuple[tuple[float, int], str] | None = None
 
     @property
     def best(self) -> str:
@@ -101,9 +101,10 @@ class Tally:
             name = child.dir.name.removesuffix(f"_seed_{child.point['seed']}")
             spread = statistics.stdev(scores)
             line = f"{name}: {self._objective.metric} {mean:.4f} ± {spread:.4f} over {len(scores)} seeds"
-        sign = 1 if self._objective.mode == "max" else -1
-        if self._best is None or sign * mean > self._best[0]:
-            self._best = (sign * mean, line)
+        # Of equals the first point, not the first to end, so that it does not depend on who was faster.
+        rank = (mean if self._objective.mode == "max" else -mean, -child.trial)
+        if self._best is None or rank > self._best[0]:
+            self._best = (rank, line)
 
     def number(self, *outcomes: str) -> int:
         return sum(len(self.lines.get(outcome, ())) for outcome in outcomes)
@@ -128,10 +129,20 @@ class Study:
         rules: What to do when not all goes well.
         search: What is sought.
         title: What the live view is headed with.
+        at_once: How many children may be handed over at a time, if that is less than the launcher takes: points that
+            are chosen by results must not all be chosen before there are any.
     """
 
-    def __init__(self, trials: Trials, launcher: Launcher, rules: Rules, search: Search, title: str) -> None:
-        self._trials, self._launcher, self._rules = trials, launcher, rules
+    def __init__(
+        self,
+        trials: Trials,
+        launcher: Launcher,
+        rules: Rules,
+        search: Search,
+        title: str,
+        at_once: int | None = None,
+    ) -> None:
+        self._trials, self._launcher, self._rules, self._at_once = trials, launcher, rules, at_once
         self._objective, self._title = search.objective, title
         self.tally = Tally(trials, search)
         self._stop = Stop()
@@ -214,7 +225,7 @@ class Study:
 
     def _hand_out(self) -> bool:
         """Starts children while there is room; tells whether there may be more."""
-        while self._ending is None and len(self._running) + len(self._occupied) < self._launcher.slots:
+        while self._ending is None and len(self._running) + len(self._occupied) < self._room():
             child = self._again.popleft() if self._again else self._trials.next()
             if child is None:
                 return False
@@ -222,6 +233,10 @@ class Study:
             if self._stop.count:
                 break
         return self._ending is None
+
+    def _room(self) -> int:
+        slots = self._launcher.slots
+        return slots if self._at_once is None else min(slots, self._at_once)
 
     def _begin(self, child: Child) -> None:
         """Does with a child what its directory asks for."""
@@ -349,7 +364,7 @@ class Study:
             read_running(child.dir, metric, len(child.run_before.get("attempts", [])))
             for child in [handed.child for handed in self._running.values()] + list(self._elsewhere.values())
         ]
-        left = estimate(self.tally.seconds, waiting, running, self._launcher.slots)
+        left = estimate(self.tally.seconds, waiting, running, self._room())
         return Snapshot(self._title, metric, counts, self._trials.total, running, self.tally.best, left)
 
 

@@ -24,7 +24,7 @@ import itertools
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -38,6 +38,7 @@ from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from sweep.space import (
@@ -120,35 +121,35 @@ class Tuner:
             storage = JournalStorage(self._journal)
         except Exception as error:  # whatever Optuna makes of lines that it has not written so
             raise self._journal.damage(f"{type(error).__name__}: {error}") from error
-        names = optuna.get_all_study_names(storage)
         identity = _identity(self._search, self._num_epochs)
+        direction = StudyDirection.MAXIMIZE if self._search.objective.mode == "max" else StudyDirection.MINIMIZE
         sampler = RandomSampler()  # of no use: points are drawn in studies that are made for it
+        names = optuna.get_all_study_names(storage)
         if names:
             study = optuna.load_study(study_name=names[-1], storage=storage, sampler=sampler, pruner=pruner)
-            present = study.user_attrs.get("search", {})
-            is_empty = not study.get_trials(deepcopy=False)
+            present, is_empty = study.user_attrs.get("search", {}), not study.get_trials(deepcopy=False)
             if present == identity and (is_empty or not force):
                 return study
             if not (is_empty or force):
-                absent = "absent"
-                changes = "; ".join(
-                    f"{key}: {present.get(key, absent)} -> {identity.get(key, absent)}"
-                    for key in {**present, **identity}
-                    if present.get(key) != identity.get(key)
-                )
-                way = "undo the change; or --force begins a new sequence (directories stay)"
-                raise RunError(f"{self._journal.path} is of another search ({changes}); {way}", "params")
-        # Hyperband puts runs into brackets by the study's name, so that is the same in every parent.
-        name = next(name for number in itertools.count(1) if (name := f"search-{number}") not in names)
-        study = optuna.create_study(
-            study_name=name,
-            storage=storage,
-            direction="maximize" if self._search.objective.mode == "max" else "minimize",
-            sampler=sampler,
-            pruner=pruner,
-        )
+                raise self._other_search(present, identity)
+        if not names or not is_empty or study.direction != direction:
+            # Hyperband puts runs into brackets by the study's name, so that is the same in every parent.
+            name = next(name for number in itertools.count(1) if (name := f"search-{number}") not in names)
+            study = optuna.create_study(
+                study_name=name, storage=storage, direction=direction, sampler=sampler, pruner=pruner
+            )
         study.set_user_attr("search", identity)
         return study
+
+    def _other_search(self, present: Mapping[str, str], wanted: Mapping[str, str]) -> RunError:
+        absent = "absent"
+        changes = "; ".join(
+            f"{key}: {present.get(key, absent)} -> {wanted.get(key, absent)}"
+            for key in {**present, **wanted}
+            if present.get(key) != wanted.get(key)
+        )
+        way = "undo the change; or --force begins a new sequence (directories stay)"
+        return RunError(f"{self._journal.path} is of another search ({changes}); {way}", "params")
 
     def close(self) -> None:
         self._journal.close()
@@ -230,12 +231,11 @@ class Tuner:
     def _view(self) -> optuna.Study:
         """Returns what a sampler is to see: results in the order of their points, and of each point the newest one.
 
-        Points that do not lie in the space are not in it (one without params would end all joint sampling), nor are
-        those that failed.
+        Points that do not lie in the space are not in it: one without params would end all joint sampling.
         """
         view = optuna.create_study(direction=self._study.direction, pruner=NopPruner())
         if self._search.strategy.name == "tpe":
-            view.add_trials(t for t in self._trials() if t.params and t.state != TrialState.FAIL)
+            view.add_trials(trial for trial in self._trials() if trial.params)
         return view
 
     def _sampler(self, number: int, draw: int) -> BaseSampler:
@@ -284,7 +284,7 @@ class Tuner:
                 trial = self._supersede(number, TrialState.RUNNING)  # it is run again
             if not trial.state.is_finished() and decided in (None, epoch):
                 running = Trial(self._study, trial._trial_id)
-                if decided is None and epoch < self._num_epochs and self._is_hopeless(trial, epoch, value):
+                if epoch < self._num_epochs and self._is_hopeless(trial, epoch, value):
                     decided = epoch
                     running.set_user_attr("pruned_at", epoch)  # before the value: a kill in between loses nothing
                 running.report(value, epoch)

@@ -15,14 +15,15 @@ from helpers import ROOT, Script, committed_files
 import train
 from model import schema
 from model.registry import options_of
-from sweep import study
+from sweep.children import Child, Planner
+from sweep.space import cover, grid
 from utils import flatten, read_json
 
 FOLDER = ROOT / "experiments"
 
 EXPERIMENTS = {
     "README.md": """
-        base_resnet20 cnn_distill_resnet20 demo/alpha_temp demo/student demo/student_kd demo/teacher
+        base_resnet20 cnn_distill_resnet20 cnn_distill_tpe demo/alpha_temp demo/student demo/student_kd demo/teacher
     """,
     "s004.md": """
         base_cnn base_cnn/noaug_nodrop base_cnn/nodropout base_cnn_subset
@@ -101,6 +102,12 @@ def params(name: str) -> dict[str, Any]:
     return flatten(values)
 
 
+def children_of(parent: str) -> list[Child]:
+    """Returns the children of a grid."""
+    planner = Planner.read(FOLDER / parent)
+    return planner.children(grid(planner.search))
+
+
 def expected() -> Iterator[tuple[str, str, str]]:
     """Yields (document, name in it, directory below experiments/) of every experiment."""
     for document, names in EXPERIMENTS.items():
@@ -122,25 +129,30 @@ def test_every_committed_experiment_passes_the_check(script: Script) -> None:
 
 
 def test_the_committed_searches_are_those_that_are_expected() -> None:
-    assert sorted(committed("search.json")) == sorted(SEARCHES)
+    assert sorted(committed("search.json")) == sorted([*SEARCHES, "cnn_distill_tpe"])
 
 
 @pytest.mark.parametrize(("parent", "size"), SEARCHES.items())
 def test_a_search_has_its_children_and_all_of_them_can_be_run(parent: str, size: int) -> None:
-    children = study.plan(FOLDER / parent)
+    children = children_of(parent)
     assert len(children) == size
     for child in children:
         assert not schema.resolve(child.params)[1]
 
 
-def test_git_ignores_the_children_of_searches_but_no_experiment() -> None:
-    children = [child.dir for parent in SEARCHES for child in study.plan(FOLDER / parent)]
-    paths = [
-        str((folder / "params.json").relative_to(ROOT)) for folder in (*children, *map(FOLDER.joinpath, committed()))
-    ]
+def test_the_search_by_tpe_can_be_run_at_all_ends_of_its_ranges() -> None:
+    planner = Planner.read(FOLDER / "cnn_distill_tpe")
+    points = cover(planner.search)
+    assert len(points) >= 2
+    for child in planner.children([*points, *planner.search.include]):
+        assert not schema.resolve(child.params)[1]
+
+
+def test_git_ignores_no_experiment() -> None:
+    paths = [f"experiments/{name}/params.json" for name in committed()]
     command = ["git", "-c", f"safe.directory={ROOT}", "check-ignore", "--no-index", "--stdin"]
     ignored = subprocess.run(command, cwd=ROOT, input="\n".join(paths), capture_output=True, text=True).stdout
-    assert ignored.splitlines() == paths[: len(children)]
+    assert ignored == ""
 
 
 def test_the_five_seeds_of_seed_000_make_80_runs() -> None:
@@ -470,12 +482,12 @@ def test_the_published_grids_are_kept(name: str) -> None:
     ],
 )
 def test_children_have_the_ancestors_names(parent: str, child: str) -> None:
-    assert FOLDER / parent / child in [found.dir for found in study.plan(FOLDER / parent)]
+    assert FOLDER / parent / child in [found.dir for found in children_of(parent)]
 
 
 def runs(parent: str) -> list[dict[str, Any]]:
     """Returns the complete params of a search's children."""
-    return [flatten(schema.resolve(child.params)[0]) for child in study.plan(FOLDER / parent)]
+    return [flatten(schema.resolve(child.params)[0]) for child in children_of(parent)]
 
 
 @pytest.mark.parametrize(

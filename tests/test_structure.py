@@ -85,7 +85,7 @@ def test_the_rules_cover_every_file() -> None:
 
 @pytest.mark.parametrize("module", [*sorted(GROUND), "search_hyperparams", "synthesize_results"])
 def test_torch_is_not_loaded_by_what_does_not_need_it(module: str) -> None:
-    heavy = ("torch", "torchvision", "pandas", "numpy", "sklearn", "tensorboardX", "pydantic")
+    heavy = ("torch", "torchvision", "pandas", "numpy", "sklearn", "tensorboardX", "pydantic", "optuna", "rich")
     code = f"import sys, {module}; print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

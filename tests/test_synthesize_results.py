@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -194,6 +195,21 @@ def test_plots_draws_each_run_and_all_together(tmp_path: Path, monkeypatch: pyte
     drawn = {name: (tmp_path / name).read_bytes() for name in images(tmp_path)}
     assert synthesize(monkeypatch, "--parent_dir", tmp_path, "--plots") == 0
     assert {name: (tmp_path / name).read_bytes() for name in images(tmp_path)} == drawn
+
+
+def test_plots_draws_a_heat_map_of_each_search_over_two_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for parent, alpha, temperature in itertools.product(("a", "b/c"), (0.5, 0.9), (1, 4)):
+        folder = tmp_path / parent / f"{alpha}_{temperature}"
+        write(folder, alpha / temperature)
+        for name in ("params.json", "run.json"):
+            params = {"seed": 1, "loss": {"alpha": alpha, "temperature": temperature}}
+            write_json(folder / name, params if name == "params.json" else {"status": "completed", "params": params})
+    assert synthesize(monkeypatch, "--parent_dir", tmp_path, "--quiet") == 0
+    assert images(tmp_path) == []
+    assert synthesize(monkeypatch, "--parent_dir", tmp_path, "--quiet", "--plots") == 0
+    assert images(tmp_path) == ["a/heatmap.png", "b/c/heatmap.png"]
 
 
 def test_a_journal_that_cannot_be_drawn_is_a_warning_and_the_others_are(

@@ -50,4 +50,14 @@ def create_launcher(
         if expected > ROUNDS * local.slots:
             local.preload()
         return local
-    raise AssertionError(name)
+    if name == "ray":
+        from sweep.launchers.ray import Ray
+
+        return Ray.from_options(options, device=device, jobs=jobs, gpus=gpus, jobs_per_gpu=jobs_per_gpu)
+    from sweep.launchers.slurm import Slurm
+
+    if jobs is None:
+        raise RunError("--launcher slurm: --jobs says how many may run at a time; give it")
+    if gpus not in ("auto", "none") or jobs_per_gpu is not None:
+        raise RunError("--launcher slurm: --launcher_options gpus_per_node=1 is how a job gets GPUs there")
+    return Slurm(parent, jobs, device, options)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import os
 import re
 import shlex
@@ -290,8 +291,8 @@ class Slurm:
             job.told = 1 + force
             self._cancels[job.id] = force
 
-    def occupy(self, model_dir: Path, gpu: str | None) -> None:
-        pass  # what runs on this machine takes nothing from the cluster
+    def occupy(self, model_dir: Path, gpu: str | None) -> bool:
+        return False  # what runs on this machine takes nothing from the cluster
 
     def vacate(self, model_dir: Path) -> None:
         pass
@@ -311,7 +312,8 @@ class Slurm:
             paths = list(self._collected)[:number]
             self._executor.update_parameters(array_parallelism=room)
             try:
-                with inheritable(self._options):
+                # What sbatch complains of is in the error, too.
+                with inheritable(self._options), contextlib.redirect_stderr(io.StringIO()):
                     handles = self._executor.submit_array([self._collected[path] for path in paths])
             except self._failures as error:
                 refusal = NoAnswer(last_line(str(error)))
@@ -321,7 +323,7 @@ class Slurm:
                 return
             array = handles[0].job_id.partition("_")[0]
             names = [os.path.relpath(path.absolute(), self._parent) for path in paths]
-            write_json(self._folder / f"{array}.json", {"children": names})
+            write_json(self._folder / f"{array}.json", {"at_once": room, "children": names})
             self._throttles[array] = room
             for path, handle in zip(paths, handles, strict=True):
                 del self._collected[path]
@@ -331,7 +333,7 @@ class Slurm:
     def _room(self) -> int:
         """Returns how many may run besides those that the limits of the arrays let run."""
         unfinished = Counter(job.id.partition("_")[0] for job in self._jobs.values())
-        return self._at_once - sum(min(self._throttles.get(array, n), n) for array, n in unfinished.items())
+        return self._at_once - sum(min(self._throttles[array], n) for array, n in unfinished.items())
 
     def _read_earlier(self, queue: Mapping[str, Seen]) -> dict[Path, Job]:
         """Returns the jobs of an earlier search that are still in the queue, by directory; forgets the others."""
@@ -339,13 +341,16 @@ class Slurm:
         alive = {job: seen for job, seen in queue.items() if seen.state not in ENDED}
         arrays = {job.partition("_")[0] for job in alive}
         for file in self._folder.glob("*.json"):
-            if file.stem not in arrays:
-                for path in (file, *self._folder.glob(f"{file.stem}_*.pkl")):
-                    path.unlink(missing_ok=True)
+            array = file.stem
+            if array not in arrays:
+                if file.stat().st_uid == os.getuid():  # of another's jobs this queue says nothing
+                    for path in (file, *self._folder.glob(f"{array}_*.pkl")):
+                        path.unlink(missing_ok=True)
                 continue
-            names = read_json(file)["children"]
-            for index, name in enumerate(names):
-                job = file.stem if len(names) == 1 else f"{file.stem}_{index}"
+            handed = read_json(file)
+            self._throttles[array] = handed["at_once"]
+            for index, name in enumerate(handed["children"]):
+                job = array if len(handed["children"]) == 1 else f"{array}_{index}"
                 if job in alive:
                     found[(self._parent / name).resolve()] = Job(job, self._handle(job), alive[job].began)
         return found
@@ -405,10 +410,12 @@ class Slurm:
             return status
         if job.gone is None:
             return None
-        if not job.began and job.state == "CANCELLED":
-            return -signal.SIGTERM
-        if job.told < 2 and time.monotonic() - job.gone < GRACE_SECONDS:
+        waited_only = not job.began and job.state in ("PENDING", "CANCELLED")
+        at_once = job.told > 1 or (waited_only and (job.told or job.state == "CANCELLED"))
+        if not at_once and time.monotonic() - job.gone < GRACE_SECONDS:
             return None
+        if waited_only:
+            return -signal.SIGTERM
         self._say(path, f"job {job.id} ended without a result, as {job.state}: see {job.handle.paths.stderr}")
         return -signal.SIGKILL
 
@@ -430,9 +437,10 @@ class Slurm:
         """Passes on what `cancel` has collected."""
         ids = list(self._cancels)
         for some in (ids[i : i + IDS_AT_ONCE] for i in range(0, len(ids), IDS_AT_ONCE)):
-            killed = [job for job in some if self._cancels[job]]
+            # Only a step is killed at once, and ours is the first; for a job, --signal=KILL begins with SIGTERM, too.
+            killed = [f"{job}.0" for job in some if self._cancels[job]]
             try:
-                for line in ([["--signal=KILL", "--full", *killed]] if killed else []) + [some]:
+                for line in ([["--signal=KILL", *killed]] if killed else []) + [some]:
                     try:
                         ask_slurm("scancel", *line)
                     except NoAnswer as error:  # one that has just ended is unknown to Slurm: no matter

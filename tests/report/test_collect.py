@@ -358,6 +358,8 @@ def test_without_two_temperatures_that_were_scored_there_is_no_line(tmp_path: Pa
     for temperature in (1, 2):
         write_student(tmp_path / f"number{temperature}", temperature, 0.7, {"model_dir": 3})
         write_student(tmp_path / f"ensemble{temperature}", temperature, 0.7, ["t", "u"])
+    write_student(tmp_path / "pruned", 2, 0.9)
+    write(tmp_path / "pruned", RUN_JSON, read_json(tmp_path / "pruned" / RUN_JSON) | {"status": "pruned"})
     write(tmp_path / "flat", "params.json", FLAT_PARAMS)  # resnet18 is no directory
     write(tmp_path / "flat", VAL_BEST, VAL)
     write(tmp_path / "flat2", "params.json", FLAT_PARAMS | {"temperature": 2})

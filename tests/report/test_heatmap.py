@@ -85,6 +85,14 @@ def test_runs_that_differ_in_anything_else_are_none(odd: Row) -> None:
     assert find_maps([*grid(), odd]) == []
 
 
+def test_runs_that_differ_in_three_numbers_are_none() -> None:
+    rows = grid()
+    for number, one in enumerate(rows):
+        one.options["num_epochs"] = number
+        one.written.append("num_epochs")
+    assert find_maps(rows) == []
+
+
 def test_one_option_two_points_or_no_completed_run_are_none() -> None:
     assert find_maps([run(0.5, temperature, 0.5) for temperature in TEMPERATURES]) == []
     assert find_maps([run(0.5, 1.0, 0.5), run(0.9, 4.0, 0.5)]) == []
@@ -122,8 +130,8 @@ def test_values_ascend_and_each_cell_has_its_accuracy_in_percent() -> None:
     assert texts(axes) == dict(zip(places, texts_of_grid(), strict=True))
     assert axes.get_ylim() == (-0.5, 1.5)  # upwards
     (image,) = axes.images
-    assert image.get_array().tolist() == [[50, 51, 52], [53, 54, 55]]
-    assert image.get_clim() == (50, 55)
+    assert image.get_array().ravel().tolist() == pytest.approx([50, 51, 52, 53, 54, 55])
+    assert image.get_clim() == pytest.approx((50, 55))
 
 
 def test_a_cell_is_the_mean_over_seeds_each_once() -> None:
@@ -148,7 +156,7 @@ def test_of_runs_that_are_not_completed_only_the_state_is_shown() -> None:
     assert boxes(axes, hatched=True) == sorted(empty)
     assert len(written) == 4 * 6
     assert boxes(axes, hatched=False) == [(2 + 3, 1)]  # of alpha 0.9 the largest T
-    assert axes.images[0].get_clim() == (50, 55)
+    assert axes.images[0].get_clim() == pytest.approx((50, 55))
 
 
 def test_a_pruned_seed_does_not_hide_the_others_and_is_not_in_their_mean() -> None:
@@ -166,11 +174,10 @@ def test_two_states_of_one_cell_are_both_said() -> None:
 
 def test_the_best_is_framed_among_those_with_all_seeds_and_equals_all_are() -> None:
     assert boxes(axes_of(grid()), hatched=False) == [(2, 1)]
-    lucky = run(0.5, 1.0, 0.99, seed=1)
-    assert boxes(axes_of(replaced([*grid(1), *grid(2)][:-1], lucky)), hatched=False) == [(0, 0)]
-    rows = [row for row in replaced([*grid(1), *grid(2)], lucky) if row.options["seed"] == 1 or row.path != lucky.path]
-    rows = [row for row in rows if (row.options["seed"], row.path[:17]) != (2, "e/alpha_0.5_Temp_")]
-    assert boxes(axes_of(rows), hatched=False) == [(2, 1)]
+    first = run(0.5, 1.0, 0.99)
+    assert boxes(axes_of(replaced(grid(), first)), hatched=False) == [(0, 0)]
+    others = [row for row in grid(2) if row.path != run(0.5, 1.0, None, seed=2).path]
+    assert boxes(axes_of([*replaced(grid(), first), *others]), hatched=False) == [(2, 1)]
     equal = [run(*point, 0.5) for point in itertools.product(ALPHAS, TEMPERATURES)]
     assert len(boxes(axes_of(equal), hatched=False)) == 6
 
@@ -219,16 +226,16 @@ def test_where_most_combinations_are_missing_runs_are_points() -> None:
     assert (axes.get_xlabel(), axes.get_ylabel()) == (x, y)
     assert {x, y} == {"alpha", "temperature"}
     assert (axes.get_xscale(), axes.get_yscale()) == (("linear", "log") if x == "alpha" else ("log", "linear"))
-    done = [number for number in range(12) if number not in (3, 4)]
-    assert scored.get_array().tolist() == pytest.approx([50 + number for number in done])
     values = {"alpha": [0.2 + number / 20 for number in range(12)], "temperature": [1.5**n for n in range(12)]}
-    expected = [[values[x][number], values[y][number]] for number in range(12)]
-    assert scored.get_offsets().tolist() == [expected[number] for number in done]
-    assert best.get_offsets().tolist() == [expected[11]]
+    points = list(zip(values[x], values[y], strict=True))
+    colors = dict(zip(map(tuple, scored.get_offsets().tolist()), scored.get_array().tolist(), strict=True))
+    done = [number for number in range(12) if number not in (3, 4)]
+    assert colors == pytest.approx({points[number]: 50 + number for number in done})
+    assert best.get_offsets().tolist() == [list(points[11])]
     assert best.get_label() == "best: 61.00 %"
-    assert {other.get_label(): other.get_offsets().tolist() for other in others} == {
-        "pruned": [expected[3]],
-        "failed": [expected[4]],
+    assert {other.get_label(): tuple(*other.get_offsets().tolist()) for other in others} == {
+        "pruned": points[3],
+        "failed": points[4],
     }
     assert axes.get_title(loc="left") == "e\nval accuracy (best) in %, n = 1 seed"
 
@@ -243,8 +250,7 @@ def test_a_range_that_reaches_zero_has_no_logarithm() -> None:
 def test_more_than_half_of_the_combinations_are_a_grid() -> None:
     points = [(0.5, 1.0), (0.5, 2.0), (0.9, 2.0), (0.9, 3.0)]
     assert find_maps([run(*point, 0.5) for point in points])[0].is_grid
-    points += [(0.7, 9.0)]
-    assert not find_maps([run(*point, 0.5) for point in points])[0].is_grid
+    assert not find_maps([run(*point, 0.5) for point in points if point != (0.9, 2.0)])[0].is_grid
 
 
 # files
@@ -276,7 +282,7 @@ def test_every_name_can_be_drawn(name: str) -> None:
         assert content.startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("extreme", [1e-300, 1e99, -1e99, 1e300, 10**300, sys.float_info.max, 5e-324])
+@pytest.mark.parametrize("extreme", [5e-324, -1e99, 10**300])
 def test_every_number_can_be_drawn(extreme: float) -> None:
     for rows in (grid(), random_search()):
         for key in ("loss.alpha", "loss.temperature"):

@@ -142,6 +142,12 @@ def test_only_completed_runs_count_and_the_others_are_numbered(state: str) -> No
     assert notes(rows) == ["not completed yet or without val accuracy, so not in n: 2 of these 7 runs"]
 
 
+def test_a_pruned_run_is_in_no_mean() -> None:
+    pruned = row("c", 3, 0.99, "pruned", loss__alpha=0.5)
+    assert cells([*GOOD, pruned])[1] == ["3 of 4", "0, 1, 2", "**0.8200 ± 0.0200**", ""]
+    assert average_seeds([GOOD[0], pruned]) == []
+
+
 def test_a_completed_run_without_val_accuracy_is_numbered_too() -> None:
     assert cells([*GOOD, row("c", 3, None, loss__alpha=0.5)])[1][0] == "3 of 4"
 

@@ -96,6 +96,8 @@ match stub.get("do", "ok"):
             with (model_dir / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"epoch": epoch, "val": {"accuracy": accuracy}}) + "\n")
             write_run("running", epoch=epoch, best={"accuracy": accuracy, "epoch": epoch})
+            while (model_dir.parent / "hold").exists():
+                time.sleep(0.02)
         write_run("completed", epoch=epoch, best={"accuracy": accuracy, "epoch": epoch})
         sys.exit(0)
 time.sleep(stub.get("seconds", 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,15 @@ def test_a_missing_teacher_is_found_before_any_child_is_made(make_parent: MakePa
 def test_children_without_a_teacher_need_none(make_parent: MakeParent) -> None:
     check_sources(plan(make_parent({"alpha": [0.1]})))
     check_sources(plan(make_parent({"alpha": [0.1]}, teacher=None)))
+
+
+def test_git_ignores_what_a_search_makes(make_parent: MakeParent) -> None:
+    parent = make_parent({"alpha": [0.1]})
+    write(plan(parent))
+    subprocess.run(["git", "init", "-q", str(parent)], check=True)
+    command = ["git", "-C", str(parent), "status", "--porcelain", "-uall"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert shown.split() == ["??", "params.json", "??", "search.json"]
 
 
 def test_a_file_in_the_way_of_a_child_is_one_line(make_parent: MakeParent) -> None:

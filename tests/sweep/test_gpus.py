@@ -73,7 +73,7 @@ def test_an_nvidia_smi_that_hangs_is_not_waited_for(machine: Machine, monkeypatc
     machine(TWO, seconds=60, driver=1)
     begun = time.monotonic()
     assert find_gpus("auto") == ["0"]
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 10
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,7 @@ def test_an_nvidia_smi_that_hangs_is_not_waited_for(machine: Machine, monkeypatc
         ("", []),
         ("-1", []),
         ("1,-1,0", ["1"]),  # as CUDA reads it
+        ("0,1x", ["0"]),
         ("NoDevFiles", []),  # Slurm's, for a job that has asked for none
         (f"{FIRST},{MIGS[0]}", [FIRST, MIGS[0]]),
     ],

@@ -68,18 +68,23 @@ def test_the_default_grid_needs_options_that_it_can_vary(tmp_path: Path) -> None
         read_search(tmp_path / "search.json", {"loss": {"name": "ce"}})
 
 
+def is_of_lists(given: dict[str, Any]) -> bool:
+    return not given.keys() & Reserved.model_fields and all(isinstance(values, list) for values in given.values())
+
+
 SEARCHES = [name for name in committed_files() if Path(name).name == "search.json"]
+LISTS = [name for name in SEARCHES if is_of_lists(read_json(ROOT / name))]
 
 
-def test_the_committed_searches_are_found() -> None:
-    assert len(SEARCHES) >= 21
+def test_the_committed_searches_are_read() -> None:
+    assert len(LISTS) >= 21
+    for name in SEARCHES:
+        read_search(ROOT / name, read_json((ROOT / name).with_name("params.json")))
 
 
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize("name", LISTS)
 def test_lists_of_numbers_and_texts_keep_their_childrens_names(name: str) -> None:
     given, params = read_json(ROOT / name), read_json((ROOT / name).with_name("params.json"))
-    if any(key in Reserved.model_fields or not isinstance(values, list) for key, values in given.items()):
-        pytest.skip("not of lists alone")
     labels = ["Temp" if key == "temperature" else key for key in given]
     combinations = list(itertools.product(*given.values()))
     expected = ["_".join(f"{label}_{v}" for label, v in zip(labels, values, strict=True)) for values in combinations]
@@ -127,6 +132,7 @@ def test_a_list_may_hold_anything_and_true_is_not_1(tmp_path: Path) -> None:
         ({"alpha": [{"a": 1, "b": 2}, {"b": 2.0, "a": 1}]}, 'alpha: {"b": 2.0, "a": 1} is there twice'),
         ({"alpha": [0.5], "loss.alpha": [0.9]}, "loss.alpha: loss.alpha names the same option"),
         ({"loss": ["kd"], "loss.alpha": [0.9]}, "loss.alpha: loss names the same option or a part of it"),
+        ({"loss.x": [{"a": 1}], "loss": [{"name": "kd"}]}, "loss: loss.x names the same option or a part of it"),
         ({"loss.alpha": [0.9], "loss": [{"name": "kd"}]}, "loss: loss.alpha names the same option or a part of it"),
         ({"alpah": [0.5]}, "alpah: no section of params.json has it; write it dotted, such as loss.alpah"),
         ({"name": ["a"]}, "'name' is an option of several sections; write dataset.name or student.name"),
@@ -257,6 +263,7 @@ def test_conditions_are_read_with_full_keys_and_a_single_value_may_stand_for_a_l
         ({"alpha": []}, "alpha: expected a value or a list of at least one, got []"),
         ({"alpha": 0.5, "loss.alpha": 0.5}, "loss.alpha is there twice; keep one"),
         ({"optimizer.name": "lamb"}, 'optimizer.name is never "lamb"; optimizer has it as "sgd", "adam"'),
+        ({"optimizer.nesterov": 1}, "optimizer.nesterov is never 1; optimizer has it as true"),
         ({"optimizer.momentum": 0.9}, "optimizer.momentum is never 0.9; optimizer has it as nothing"),
         ({"name": "kd"}, None),
     ],
@@ -264,7 +271,8 @@ def test_conditions_are_read_with_full_keys_and_a_single_value_may_stand_for_a_l
 def test_a_condition_names_what_stands_above_and_values_that_occur_there(
     tmp_path: Path, when: dict[str, Any], line: str | None
 ) -> None:
-    given = {**ALPHA, "optimizer": OPTIMIZERS, "loss.beta": {"choice": [1], "when": when}}
+    optimizers = [{**OPTIMIZERS[0], "nesterov": True}, OPTIMIZERS[1]]
+    given = {**ALPHA, "optimizer": optimizers, "loss.beta": {"choice": [1], "when": when}}
     (found,) = problems(tmp_path, given)
     assert found == f"loss.beta: when: {line}" if line else "several sections" in found
 
@@ -287,7 +295,17 @@ def test_a_part_of_a_section_may_be_varied_below_it_where_it_is_a_section_withou
     children = [child_params(PARAMS, point, search)["optimizer"] for point in grid(search)]
     assert children == [{**OPTIMIZERS[0], "weight_decay": 0}, {**OPTIMIZERS[0], "weight_decay": 1}, OPTIMIZERS[1]]
     teachers = [None, {"model_dir": "a"}]
-    read(tmp_path, {"teacher": teachers, "teacher.cache": {"choice": ["off"], "when": {"teacher.model_dir": "a"}}})
+    cache = {"choice": ["off", "lazy"], "when": {"teacher.model_dir": "a"}}
+    gigabytes = {"choice": [1], "when": {"teacher.cache": "lazy"}}
+    given = {"teacher": teachers, "teacher.cache": cache, "teacher.max_gb": gigabytes}
+    assert problems(tmp_path, given)[0].startswith("teacher.max_gb: teacher names the same option")
+    gigabytes["when"]["teacher.model_dir"] = "a"  # type: ignore[index]
+    search = read(tmp_path, given, {**PARAMS, "teacher": None})
+    assert [child_params(PARAMS, point, search)["teacher"] for point in grid(search)] == [
+        None,
+        {"model_dir": "a", "cache": "off"},
+        {"model_dir": "a", "cache": "lazy", "max_gb": 1},
+    ]
     (line,) = problems(tmp_path, {"teacher": teachers, "teacher.cache": ["off"]})
     assert line.startswith("teacher.cache: teacher names the same option or a part of it")
     below = {"choice": [{"name": "ce"}], "when": {"alpha": 0.5}}
@@ -295,6 +313,23 @@ def test_a_part_of_a_section_may_be_varied_below_it_where_it_is_a_section_withou
     assert line.startswith("loss: loss.alpha names the same option or a part of it")
     (line,) = problems(tmp_path, {"optimizer": OPTIMIZERS, "learning_rate": [1]})
     assert line == "learning_rate: a section of optimizer has it, too; keep it in one of the two places"
+
+
+def test_a_part_exists_only_where_its_section_does(tmp_path: Path) -> None:
+    given = {
+        "alpha": [0.1, 0.5, 0.9],
+        "optimizer": {"choice": OPTIMIZERS, "when": {"alpha": [0.1, 0.5]}},
+        "optimizer.eps": [1],
+        "optimizer.clip": {"choice": [1], "when": {"alpha": [0.5, 0.9], "optimizer.name": "sgd"}},
+    }
+    search = read(tmp_path, given)
+    assert search.space["optimizer.eps"].when == {"loss.alpha": [0.1, 0.5]}
+    assert search.space["optimizer.clip"].when == {"loss.alpha": [0.5], "optimizer.name": ["sgd"]}
+    for point in grid(search):
+        child = child_params(PARAMS, point, search)
+        assert ("optimizer" in child) == ("optimizer.eps" in point) == (point["loss.alpha"] != 0.9)
+    given["optimizer.clip"]["when"]["alpha"] = 0.9  # type: ignore[index]
+    assert "never hold together" in problems(tmp_path, given)[0]
 
 
 # --- points -----------------------------------------------------------------------------------------------
@@ -338,7 +373,12 @@ def test_an_included_point_of_the_grid_is_in_it_once(tmp_path: Path) -> None:
 def test_a_section_in_an_included_point_is_taken_apart_as_the_space_has_it(tmp_path: Path) -> None:
     decay = {"low": 0.0, "high": 1.0, "step": 0.5, "when": {"optimizer.name": "sgd"}}
     given = {"optimizer": OPTIMIZERS, "optimizer.weight_decay": decay}
-    search = read(tmp_path, {**given, "include": [{"optimizer": {**OPTIMIZERS[0], "weight_decay": 1}}, {"alpha": 1}]})
+    for point in (
+        {"optimizer": {**OPTIMIZERS[0], "weight_decay": 1}},
+        {"optimizer.weight_decay": 1, "optimizer": OPTIMIZERS[0]},
+    ):
+        search = read(tmp_path, {**given, "include": [point, {"alpha": 1}]})
+        assert list(search.include[0].items()) == [("optimizer", OPTIMIZERS[0]), ("optimizer.weight_decay", 1.0)]
     assert search.include == (
         {"optimizer": OPTIMIZERS[0], "optimizer.weight_decay": 1.0},
         {"optimizer": OPTIMIZERS[1], "loss.alpha": 1},
@@ -388,6 +428,14 @@ def test_an_excluded_point_that_excludes_nothing_or_everything_is_refused(
     given = {**ALPHA, "loss.name": ["kd", "ce"], "temperature": temperature, "exclude": points}
     (found,) = problems(tmp_path, given)
     assert found.startswith(line)
+
+
+def test_what_is_left_after_exclusions_may_be_included_points_or_the_inside_of_a_range(tmp_path: Path) -> None:
+    both = [{"alpha": 0.5}, {"alpha": 0.9}]
+    given = {**ALPHA, "exclude": both, "include": [{"alpha": 0.1}], "max_trials": 1}
+    assert grid(read(tmp_path, given)) == [{"loss.alpha": 0.1}]
+    ends = {"alpha": {"low": 0.5, "high": 0.9}, "exclude": both}
+    assert len(read(tmp_path, ends, strategy="random", max_trials=3).exclude) == 2
 
 
 def test_excluded_points_may_name_a_part_of_a_section(tmp_path: Path) -> None:
@@ -553,7 +601,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     given = {
         "alpha": {"low": 3, "high": 2},
         "temperature": {"low": "1", "high": 20.0, "stpe": 3},
-        "loss.beta": {"choice": [1], "when": {"alpha": 9}},  # alpha is faulty already: no second line about that
+        "loss.beta": {"choice": [1], "when": {"alpha": 9, "temperature": 0}},  # those are faulty already
         "max_trails": 3,
         "seeds": [1, 1],
         "strategy": {"name": "tpe", "sed": 3},

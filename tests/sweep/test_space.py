@@ -119,6 +119,7 @@ def test_values_are_the_same_as_json_means_them(one: Any, other: Any, are_same: 
         (listed(1, "kd", None, SGD), [1.0, "kd", None, {**SGD}], [True, "1", {}, ADAM]),
         (Range(1, 8), [1, 8, 3, 4.0], [0, 9, 3.5, True, "3", None]),
         (Range(1.0, 8), [1, 8, 3.5], [0.99, 8.01, True]),
+        (Range(1, 8.5), [1, 8.5, 3.5], [9]),
         (Range(0.1, 0.7, step=0.2), [0.1, 0.3, 0.5, 0.7], [0.2, 0.30001, 0.9]),
         (Range(1, 8, step=3), [1, 4, 7.0], [8, 2]),
     ],
@@ -135,6 +136,8 @@ def test_a_dotted_key_is_found_in_points_in_params_and_in_sections_of_points() -
     assert find({"optimizer": SGD, "optimizer.momentum": 0.9}, "optimizer.name") == ("sgd",)
     assert find({"optimizer": SGD, "optimizer.momentum": 0.9}, "optimizer.momentum") == (0.9,)
     assert find({"a.b": {"c": {"d": 1}}}, "a.b.c.d") == (1,)
+    assert find({"dataset": {"name": "digits"}, "dataset.views": {"name": "crop"}}, "dataset.views.name") == ("crop",)
+    assert find({"teacher": "a.cache"}, "teacher.cache") == ()
     assert find(REFERENCE, "teacher.cache") == find(REFERENCE, "loss.beta") == find({}, "loss") == ()
 
 
@@ -286,6 +289,16 @@ def test_an_option_whose_condition_does_not_hold_is_left_out_even_if_the_referen
 def test_a_part_is_set_in_the_points_own_section() -> None:
     children = [child_params(REFERENCE, point, CONDITIONAL)["optimizer"] for point in grid(CONDITIONAL)]
     assert children[:3] == [{**SGD, "momentum": 0.5}, {**SGD, "momentum": 0.9}, ADAM]
+
+
+def test_a_condition_on_a_whole_section_holds_whatever_parts_of_it_are_varied() -> None:
+    space = {
+        "optimizer": listed(SGD, ADAM),
+        "optimizer.eps": listed(1),
+        "loss.beta": Values((2,), {"optimizer": [SGD]}),
+    }
+    children = [child_params(REFERENCE, point, Search(space)) for point in grid(Search(space))]
+    assert ["beta" in child["loss"] for child in children] == [True, False]
 
 
 def test_a_teacher_that_is_a_text_becomes_a_section_when_an_option_of_it_is_varied() -> None:

@@ -16,7 +16,7 @@ from sweep import study
 from sweep.children import Child, Planner, write
 from sweep.launchers.local import Local
 from sweep.space import Search, grid
-from sweep.study import Handed, Rules, Study, status_of
+from sweep.study import Handed, Rules, Study, Tally, status_of
 from sweep.trials import Fixed
 from sweep.view import View
 from utils import RunError
@@ -262,6 +262,17 @@ def test_with_several_seeds_the_best_point_is_the_one_with_the_best_mean(
         put_run(child, status="completed", epoch=3, best={"accuracy": accuracy, "epoch": 1})
     assert run(children, search=Search({}, seeds=(0, 1))) == 0
     assert lines[-1] == "best: alpha_0.2: val.accuracy 0.6500 ± 0.0707 over 2 seeds"
+
+
+def test_of_equal_points_the_first_is_the_best_whichever_ends_first(make_parent: MakeParent, lines: list[str]) -> None:
+    children = plan(make_parent({"temperature": [1, 2]}))
+    write(children)
+    for child in children:
+        put_run(child, status="completed", epoch=3, best={"accuracy": 0.9, "epoch": 1})
+    tally = Tally(Fixed(children), Search({}))
+    for child in reversed(children):
+        tally.add(child, "skipped", "")
+    assert tally.best == "Temp_1: accuracy 0.9000 at epoch 1"
 
 
 def test_the_status_is_that_of_the_directories(make_parent: MakeParent) -> None:

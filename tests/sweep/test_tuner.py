@@ -210,10 +210,10 @@ def test_random_draws_a_log_range_evenly_in_its_logarithm(tmp_path: Path) -> Non
 
 
 def test_drawn_numbers_have_six_digits_stay_in_their_range_and_are_what_optuna_learns(tmp_path: Path) -> None:
-    search = Search({"x": Range(0.12345678, 0.1234579)}, strategy=TPE, max_trials=4)
+    search = Search({"x": Range(0.12345612, 0.1234579)}, strategy=TPE, max_trials=4)
     with tuner_of(tmp_path, search) as tuner:
         found = [tuner.ask().point["x"] for _ in range(3)]
-        assert sorted(found) == [0.12345678, 0.123457, 0.1234579]
+        assert sorted(found) == [0.12345612, 0.123457, 0.1234579]
         assert tuner.ask() is None  # there is no other number of six digits, and the ends themselves
     assert [trial.params["x"] for trial in read(tmp_path).trials] == found
 
@@ -225,14 +225,16 @@ def test_listed_values_come_back_as_they_are_though_optuna_confuses_some(tmp_pat
         found = [point["student"] for point in points(finish(tmp_path / name, search))]
         assert sorted(map(repr, found)) == sorted(map(repr, listed))
     plain = Search({"x": Values((1, 2.5, "a", None))}, strategy=RANDOM, max_trials=4)
-    finish(tmp_path / "plain", plain)
+    with tuner_of(tmp_path / "plain", plain) as tuner:
+        assert len([tuner.ask() for _ in range(4)]) == 4
     assert {trial.params["x"] for trial in read(tmp_path / "plain").trials} == {1, 2.5, "a", None}
 
 
 @pytest.mark.parametrize("name", ["random", "tpe"])
 def test_a_space_that_can_be_counted_is_asked_whole_each_point_once_and_without_those_excluded(
-    tmp_path: Path, name: str
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("sweep.tuner.MAX_DRAWS", 1_000_000)  # it ends as soon as all points are asked
     space = {
         "a": Values((0.1, 0.5, 0.9)),
         "n": Range(1, 4),
@@ -247,8 +249,8 @@ def test_a_space_that_can_be_counted_is_asked_whole_each_point_once_and_without_
 
 
 def test_a_rare_point_of_a_space_that_can_be_counted_is_found(tmp_path: Path) -> None:
-    space = {key: Range(1, 20) for key in "abc"}
-    rare = [{"a": a, "b": b} for a in range(1, 21) for b in range(1, 21) if (a, b) != (7, 7)]
+    space = {"a": Range(1, 10), "b": Range(1, 10), "c": Range(1, 20)}
+    rare = [{"a": a, "b": b} for a in range(1, 11) for b in range(1, 11) if (a, b) != (7, 7)]
     search = Search(space, exclude=tuple(rare), strategy=RANDOM, max_trials=100)
     found = points(finish(tmp_path, search))
     assert sorted(point["c"] for point in found) == list(range(1, 21))
@@ -280,27 +282,34 @@ def test_tpe_learns_from_included_points_in_the_space_and_overlooks_others(tmp_p
                     new = tuner.ask()
                     tuner.tell(new.number, "completed", sign * new.point.get("x", 0))
                 means[kind, sign] = statistics.fmean(tuner.ask().point["x"] for _ in range(8))
-    assert means["near", 1] > 0.6
-    assert means["near", -1] < 0.4
+    assert means["near", 1] > means["near", -1] + 0.2
     assert means["elsewhere", 1] == means["elsewhere", -1]
 
 
 def test_a_point_elsewhere_does_not_end_joint_sampling(tmp_path: Path) -> None:
     """Good points lie on a diagonal, which only sampling of both options together can see."""
     space = {"x": Range(0.0, 1.0), "y": Range(0.0, 1.0)}
-    diagonal = tuple({"x": x / 40, "y": x / 40} for x in range(41))
-    off = tuple({"x": x / 40, "y": 1 - x / 40} for x in range(41) if x != 20)
+    diagonal = [{"x": x / 8, "y": x / 8} for x in range(9)]
+    off = [{"x": x / 8, "y": y / 8} for x in range(9) for y in range(9) if x != y]
     search = Search(space, include=(*diagonal, *off, {"seed": 1}), strategy=TPE, max_trials=200)
     with tuner_of(tmp_path, search) as tuner:
         for _ in search.include:
             new = tuner.ask()
             tuner.tell(new.number, "completed", -abs(new.point.get("x", 0) - new.point.get("y", 0)))
-        distances = []
-        for _ in range(20):
-            new = tuner.ask()
-            distances.append(abs(new.point["x"] - new.point["y"]))
-            tuner.tell(new.number, "completed", -distances[-1])
-    assert statistics.median(distances) < 0.1  # of independent even draws it is 0.29
+        found = [tuner.ask().point for _ in range(20)]
+    assert statistics.fmean(abs(point["x"] - point["y"]) for point in found) < 0.2  # of independent ones it is 0.33
+
+
+def test_a_run_that_has_not_ended_counts_as_tried(tmp_path: Path) -> None:
+    following = set()
+    for x in (0.2, 0.7):
+        include = (*({"x": x / 8} for x in range(9)), {"x": x})
+        with tuner_of(tmp_path / str(x), replace(LINE, include=include, strategy=TPE)) as tuner:
+            for _ in range(9):
+                train(tuner, tuner.ask())
+            tuner.ask()
+            following.add(tuner.ask().point["x"])
+    assert len(following) == 2
 
 
 def test_a_grid_with_a_pruner_keeps_its_order_over_kills(tmp_path: Path) -> None:
@@ -509,12 +518,13 @@ def test_force_begins_anew_even_for_the_same_search(tmp_path: Path) -> None:
 def test_a_search_of_which_nothing_was_asked_yet_owns_no_journal(tmp_path: Path) -> None:
     with tuner_of(tmp_path, make()):
         pass
-    with tuner_of(tmp_path, make(TPE)) as tuner:
+    with tuner_of(tmp_path, make(TPE, objective=Objective("val.loss", "min"))) as tuner:
         assert tuner.ask() is not None
+    assert read(tmp_path).direction.name == "MINIMIZE"
 
 
 def test_a_journal_that_ends_anywhere_loses_only_what_was_written_last(tmp_path: Path) -> None:
-    search = make(max_trials=4)
+    search = replace(LINE, strategy=RANDOM, max_trials=4)
     expected = finish(tmp_path / "whole", search)
     content = (tmp_path / "whole/optuna.journal").read_bytes()
     last_two = content.rstrip(b"\n").rfind(b"\n", 0, content.rstrip(b"\n").rfind(b"\n"))
@@ -544,7 +554,6 @@ def test_a_journal_that_ends_anywhere_loses_only_what_was_written_last(tmp_path:
         (lambda lines: [*lines, b'{"op_code": 99}'], "AssertionError"),
         (lambda lines: [*lines, b'{"op_code": 6}'], "KeyError"),
         (lambda lines: lines[:2] + lines[4:], "some of its points are missing"),
-        (lambda lines: [line for line in lines if b'"op_code":4' not in line], "damaged"),
     ],
 )
 def test_a_damaged_journal_is_named_with_what_to_do(
@@ -556,12 +565,11 @@ def test_a_damaged_journal_is_named_with_what_to_do(
     assert len(lines) == 12
     journal.write_bytes(b"\n".join(damage(lines)) + b"\n")
     content = journal.read_bytes()
-    for force in (False, True):
-        with pytest.raises(RunError, match=message) as caught:
-            Tuner(tmp_path, make(max_trials=5), 4, force=force)
-        assert str(caught.value).startswith(f"{journal} is damaged: ")
-        assert "restore it, or move it away: the search then begins a new sequence" in str(caught.value)
-        assert caught.value.reason == "storage"
+    with pytest.raises(RunError, match=message) as caught:
+        Tuner(tmp_path, make(max_trials=5), 4)
+    assert str(caught.value).startswith(f"{journal} is damaged: ")
+    assert "restore it, or move it away: the search then begins a new sequence" in str(caught.value)
+    assert caught.value.reason == "storage"
     assert journal.read_bytes() == content
 
 

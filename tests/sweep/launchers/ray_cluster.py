@@ -1,8 +1,8 @@
-"""A real Ray on this machine: each node a `ray start`, all of them on the loopback, with a token as docs/clusters.md says.
+"""A real Ray on this machine: nodes on the loopback, each a `ray start` with a token, as docs/clusters.md says.
 
-    with cluster() as ray:
-        ray.start_node(cpus=1)
-        subprocess.run([PYTHON, "search_hyperparams.py", ..., "--launcher", "ray"], env=ray.environment)
+with cluster() as ray:
+    ray.start_node(cpus=1)
+    subprocess.run([PYTHON, "search_hyperparams.py", ..., "--launcher", "ray"], env=ray.environment)
 """
 
 from __future__ import annotations

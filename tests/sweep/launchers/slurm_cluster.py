@@ -77,7 +77,10 @@ def prepare() -> Path:
         Impossible: There is no apt-get here, or it does not get the packages.
     """
     HOME.mkdir(exist_ok=True)
-    ready, wanted = HOME / ".ready", f"{(ROOT / 'requirements-slurm.txt').read_text()}{PACKAGES}{sys.version}"
+    ready, wanted = (
+        HOME / ".ready",
+        f"{(ROOT / 'requirements-slurm.txt').read_text()}{PACKAGES}{sys.version}{sysconfig.get_path('purelib')}",
+    )
     with FileLock(HOME / ".lock"):  # of the workers of pytest-xdist one does it
         if not ready.exists() or ready.read_text() != wanted:
             _unpack(HOME / "slurm")
@@ -145,9 +148,9 @@ class Cluster:
             self._start("slurmctld-wlm", "-D")
 
     def end(self) -> None:
-        user = f"--user={os.getuid()}"
-        self.call("scancel", "--signal=KILL", "--full", user)
-        self.call("scancel", user)
+        if jobs := self.call("squeue", "--noheader", "--array", "--format=%i").split():
+            self.call("scancel", "--signal=KILL", *(f"{job}.0" for job in jobs))
+            self.call("scancel", *jobs)
         for _ in range(50):
             if not self.call("squeue", "--noheader"):
                 break

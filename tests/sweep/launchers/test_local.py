@@ -245,6 +245,14 @@ def test_the_least_busy_gpu_is_taken(make_parent: MakeParent, make_launcher: Mak
     assert [seen(path, "CUDA_VISIBLE_DEVICES") for path in (fifth, sixth)] == ["0", "0"]
 
 
+def test_no_gpu_takes_more_runs_than_it_has_slots(make_parent: MakeParent, make_launcher: MakeLauncher) -> None:
+    launcher = make_launcher(["1", "0", "0"])
+    paths = children(make_parent(), 3)
+    for path in paths:
+        launcher.submit(path)
+    assert [seen(path, "CUDA_VISIBLE_DEVICES") for path in paths] == ["1", "0", "0"]
+
+
 def test_starts_are_apart_and_the_first_waits_for_none(
     make_parent: MakeParent, make_launcher: MakeLauncher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -346,6 +354,15 @@ def test_a_child_of_what_has_loaded_is_no_child_of_the_search(
     launcher = make_launcher(preload=True)
     launcher.submit(path)
     assert parent_of(path) == launcher._starter._process.pid  # type: ignore[union-attr]
+
+
+def test_a_run_on_a_gpu_is_never_one_of_them(make_parent: MakeParent, make_launcher: MakeLauncher) -> None:
+    paths = children(make_parent(), 2)
+    launcher = make_launcher(["0", None], preload=True)
+    for path in paths:
+        launcher.submit(path)
+    assert seen(paths[0], "CUDA_VISIBLE_DEVICES") == "0"
+    assert [parent_of(path) == os.getpid() for path in paths] == [True, False]
 
 
 def test_without_what_has_loaded_runs_start_as_ever_and_that_is_said_once(

@@ -113,6 +113,75 @@ def test_jobs_do_not_inherit_the_job_that_the_search_is_itself(monkeypatch: pyte
     assert os.environ == before
 
 
+# --- what runs in the job ---------------------------------------------------------------------------------
+
+IN_A_JOB = """
+import sys, types
+from pathlib import Path
+from types import SimpleNamespace as Has
+submitit = sys.modules["submitit"] = types.ModuleType("submitit")
+submitit.JobEnvironment = lambda: Has(job_id="12_3", paths=Has(result_pickle=Path("result.pkl")))
+from sweep.launchers.slurm import Run
+print("result", Run([sys.executable, "-c", sys.argv[1]], Path.cwd(), Path.cwd())())
+"""
+SAVES = """
+import signal, sys, time
+told = []
+signal.signal(signal.SIGUSR1, lambda *_: told.append(1))
+print("begun", flush=True)
+while not told:
+    time.sleep(0.01)
+time.sleep(0.3)
+print("told", len(told), flush=True)
+sys.exit(75)
+"""
+UNPREPARED = "import time; print('begun', flush=True); time.sleep(60)"
+
+
+@pytest.mark.parametrize(
+    ("code", "signals", "queues", "printed"),
+    [
+        (SAVES, ("SIGTERM", "SIGCONT", "SIGTERM"), True, "result 75\n"),
+        (SAVES, ("SIGUSR2", "SIGTERM", "SIGCONT", "SIGTERM"), True, ""),
+        (SAVES, ("SIGUSR2",), False, "result 75\n"),
+        (UNPREPARED, ("SIGTERM", "SIGTERM"), True, "result -15\n"),
+        (UNPREPARED, ("SIGUSR2",), True, "result -12\n"),
+    ],
+    ids=["preempted", "time limit", "not queued again", "before it can save", "a limit that is too short"],
+)
+def test_of_the_signals_to_all_of_a_job_training_gets_one(
+    tmp_path: Path, code: str, signals: tuple[str, ...], queues: bool, printed: str
+) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\necho $* > asked\necho no >&2\nexit {0 if queues else 1}\n")
+    scontrol.chmod(0o755)
+    (tmp_path / "result.pkl").touch()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    job = subprocess.Popen(
+        [sys.executable, "-c", IN_A_JOB, code],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    console = tmp_path / "console.log"
+    while not console.exists() or "begun" not in console.read_text().splitlines():
+        time.sleep(0.02)
+    for name in signals:
+        os.killpg(job.pid, signal.Signals[name])
+        time.sleep(0.02)
+    assert job.communicate(timeout=20)[0] == printed
+    lines = console.read_text().splitlines()
+    assert ("told 1" in lines) == (code == SAVES)
+    requeued = "SIGUSR2" in signals and code == SAVES
+    assert (job.returncode == 75) == (requeued and queues)  # then without a result
+    assert (tmp_path / "asked").exists() == requeued
+    assert not requeued or (tmp_path / "asked").read_text() == "requeue 12_3\n"
+    assert (lines[-1] == "Slurm does not queue job 12_3 again: no") == (not queues)
+    assert not (tmp_path / "result.pkl").exists()  # of an earlier attempt
+
+
 # --- without Slurm ----------------------------------------------------------------------------------------
 
 
@@ -203,7 +272,7 @@ def test_what_is_submitted_between_two_polls_is_one_array(fake: Fake, tmp_path: 
     assert fake.arrays == []
     assert launcher.poll() == {}
     assert fake.arrays == [(2, ["a", "b", "c"])]
-    assert json.loads((tmp_path / "slurm" / "1.json").read_text()) == {"children": ["a", "b", "c"]}
+    assert json.loads((tmp_path / "slurm" / "1.json").read_text()) == {"at_once": 2, "children": ["a", "b", "c"]}
 
 
 def test_several_arrays_together_keep_to_the_limit(fake: Fake, tmp_path: Path, make_run: MakeRun) -> None:
@@ -320,7 +389,7 @@ def test_a_run_is_cancelled_once_however_often_that_is_asked(fake: Fake, tmp_pat
         launcher.poll()
     assert [line for line in fake.asked if line[0] == "scancel"] == [
         ("scancel", "1"),
-        ("scancel", "--signal=KILL", "--full", "1"),
+        ("scancel", "--signal=KILL", "1.0"),
         ("scancel", "1"),
     ]
     assert len(fake.arrays) == 1
@@ -335,6 +404,11 @@ def test_a_run_that_never_began_vanishes_at_once(fake: Fake, tmp_path: Path, mak
     assert launcher.poll() == {other: -15}
     fake.end("1", None, "CANCELLED|0:00|None")
     assert launcher.poll() == {run: -15}
+    launcher.submit(run)
+    launcher.poll()
+    launcher.cancel(run)
+    fake.end("2", None)  # one of an array vanishes from the list
+    assert launcher.poll() == {run: -15}
 
 
 def test_jobs_of_an_earlier_search_are_adopted_while_they_are_in_the_queue(
@@ -348,8 +422,10 @@ def test_jobs_of_an_earlier_search_are_adopted_while_they_are_in_the_queue(
     fake.end("1_1", None, "COMPLETED|0:01|None")
     second = Slurm(tmp_path, 1)
     assert [second.adopt(run) for run in runs] == [True, False, True]
+    second.submit(make_run("d"))
     fake.end("1_2", 0)
     assert second.poll() == {runs[2]: 0}
+    assert len(fake.arrays) == 1  # the earlier search's array may still use the one place
     fake.queue.clear()
     assert not Slurm(tmp_path, 1).adopt(runs[0])
     assert not (tmp_path / "slurm" / "1.json").exists()
@@ -565,7 +641,11 @@ def test_a_directory_that_another_run_holds_is_left_alone(
 
 @pytest.mark.slow
 def test_failures_come_with_their_status_and_those_of_the_job_with_a_line(
-    at_slurm: Cluster, make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    at_slurm: Cluster,
+    make_run: MakeRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(slurm, "GRACE_SECONDS", 1)
     failing, dying = make_run("failing", do="fail"), make_run("dying", do="segfault")
@@ -582,6 +662,7 @@ def test_failures_come_with_their_status_and_those_of_the_job_with_a_line(
     launcher.submit(make_run("refused"))
     with pytest.raises(RunError, match=r"^Slurm refuses the jobs: .*[Ii]nvalid partition name specified; see --laun"):
         launcher.poll()
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.slow

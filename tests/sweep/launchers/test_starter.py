@@ -150,6 +150,11 @@ def test_a_child_ends_as_python_would_have_ended(tmp_path: Path, starters: list[
     assert not is_there(started.pid)
 
 
+def test_what_is_sent_to_the_searchs_group_does_not_reach_it(starters: list[Starter]) -> None:
+    starters.append(Starter(os.environ))
+    assert os.getsid(starters[0]._process.pid) == starters[0]._process.pid
+
+
 def test_what_a_child_says_is_appended(tmp_path: Path, starters: list[Starter]) -> None:
     (tmp_path / "console").write_text("first\n")
     starters.append(Starter(os.environ))
@@ -271,9 +276,27 @@ def test_a_starter_that_hangs_is_given_up_and_no_child_comes_of_it_later(
     starters[0]._process.send_signal(signal.SIGSTOP)
     with pytest.raises(StarterError, match="the process that holds it does not answer"):
         starters[0].start([sys.executable, told, str(tmp_path / "second")], tmp_path / "console")
-    time.sleep(0.2)
+    starters[0]._process.send_signal(signal.SIGCONT)
+    time.sleep(0.3)
     assert (tmp_path / "first").exists()
     assert not (tmp_path / "second").exists()
+
+
+def test_a_child_that_cannot_be_watched_does_not_go_on(
+    tmp_path: Path, starters: list[Starter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: int) -> int:
+        raise OSError("Too many open files")
+
+    told = script(tmp_path, "import pathlib, sys, time; time.sleep(0.3); pathlib.Path(sys.argv[1]).touch()")
+    starters.append(Starter(os.environ))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pidfd_open", refuse)
+        assert not Starter.works_here()
+        with pytest.raises(StarterError, match="Too many open files"):
+            start(starters[0], tmp_path / "console", told, str(tmp_path / "done"))
+    time.sleep(0.6)
+    assert not (tmp_path / "done").exists()
 
 
 def test_a_killed_search_takes_the_starter_with_it_but_not_the_children(tmp_path: Path) -> None:
