@@ -132,9 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say_what_is_assumed(planner)
         log.info("Searching hyperparameters: %d of %d children to run", expected, total)
         trials = trials_of(planner, children, is_adaptive, args.force)
-        learns = search.strategy.name == "tpe" or search.pruner.name != "none"
-        at_once = args.jobs if learns else None
-        status = Study(trials, launcher, rules_of(args), search, str(args.parent_dir), at_once).run(View())
+        status = Study(trials, launcher, rules_of(args), search, str(args.parent_dir)).run(View())
     log.info("python synthesize_results.py --parent_dir %s", shlex.quote(str(args.parent_dir)))
     return status
 

@@ -36,7 +36,8 @@ from kd_step import (
 from tabulate import tabulate
 
 from process import available_cores
-from sweep.space import DEFAULT, grid, name_point
+from sweep.search_json import DEFAULT
+from sweep.space import Search, Values, grid, name_point
 from utils import OK, read_json, write_json
 
 JOBS = 2
@@ -66,7 +67,7 @@ def side_by_side(folders: list[Path], args: argparse.Namespace) -> float:
 def main() -> int:
     args = parse(create_options(__doc__, "grid"))
     space: dict[str, Any] = QUICK if args.quick else DEFAULT
-    points = grid(space)
+    points = grid(Search({key: Values(tuple(values)) for key, values in space.items()}))
     teacher_dir = teacher_of(args)
     params = distillation(1, 230, teacher_dir, "lazy", args.work_dir / "store")
     seconds: dict[str, float] = {}

@@ -62,9 +62,7 @@ def write_parent(parent: Path, template: Path, search: dict[str, Any], children:
     write_json(parent / "params.json", {**read_json(template / "params.json"), "num_epochs": EPOCHS})
     write_json(parent / "search.json", search)
     planner = Planner.read(parent)
-    points = grid(planner.search)
-    if search.get("strategy"):
-        points = write_journal(planner)
+    points = grid(planner.search) if planner.search.strategy.name == "grid" else write_journal(planner)
     found = planner.children(points)
     assert len(found) == children
     write_children(found, template)

@@ -70,7 +70,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="only see that all of it runs; no result is written")
     args = parser.parse_args()
     if args.quick:
-        args.subset, args.epochs, args.budget, args.repeats, args.fresh_seeds = 0.01, 3, 12, 2, 1
+        args.subset, args.epochs, args.budget, args.repeats, args.fresh_seeds = 0.01, 3, 30, 2, 1
     if args.budget < args.epochs:
         parser.error(f"--budget {args.budget} is not enough for one trial of {args.epochs} epochs")
     args.work_dir = args.work_dir.absolute()

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import platform
-import signal
 import statistics
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from experiment import Experiment
 from process import StopSignals, log
@@ -34,13 +32,16 @@ FINAL = ("diverged", "params", "data", "teacher", "usage")  # reasons that anoth
 
 
 class Stop(StopSignals):
-    """Counts the signals to stop: at the first the children save and end, at the second they are killed."""
+    """At the first signal the children save and end, at the second they are killed."""
 
-    count = 0
+    insisted = False
 
-    def _remember(self, number: int, _: FrameType | None) -> None:
-        self.count += 1
-        self.received = self.received or signal.Signals(number)
+    def _insist(self, number: int) -> None:
+        self.insisted = True
+
+    @property
+    def count(self) -> int:
+        return 0 if self.received is None else 1 + self.insisted
 
 
 @dataclass(frozen=True)
@@ -129,20 +130,10 @@ class Study:
         rules: What to do when not all goes well.
         search: What is sought.
         title: What the live view is headed with.
-        at_once: How many children may be handed over at a time, if that is less than the launcher takes: points that
-            are chosen by results must not all be chosen before there are any.
     """
 
-    def __init__(
-        self,
-        trials: Trials,
-        launcher: Launcher,
-        rules: Rules,
-        search: Search,
-        title: str,
-        at_once: int | None = None,
-    ) -> None:
-        self._trials, self._launcher, self._rules, self._at_once = trials, launcher, rules, at_once
+    def __init__(self, trials: Trials, launcher: Launcher, rules: Rules, search: Search, title: str) -> None:
+        self._trials, self._launcher, self._rules = trials, launcher, rules
         self._objective, self._title = search.objective, title
         self.tally = Tally(trials, search)
         self._stop = Stop()
@@ -225,7 +216,9 @@ class Study:
 
     def _hand_out(self) -> bool:
         """Starts children while there is room; tells whether there may be more."""
-        while self._ending is None and len(self._running) + len(self._occupied) < self._room():
+        # Points that follow from results must not all be chosen before there are any.
+        room = self._launcher.at_once if self._trials.learns else self._launcher.slots
+        while self._ending is None and len(self._running) + len(self._occupied) < room:
             child = self._again.popleft() if self._again else self._trials.next()
             if child is None:
                 return False
@@ -233,10 +226,6 @@ class Study:
             if self._stop.count:
                 break
         return self._ending is None
-
-    def _room(self) -> int:
-        slots = self._launcher.slots
-        return slots if self._at_once is None else min(slots, self._at_once)
 
     def _begin(self, child: Child) -> None:
         """Does with a child what its directory asks for."""
@@ -364,7 +353,7 @@ class Study:
             read_running(child.dir, metric, len(child.run_before.get("attempts", [])))
             for child in [handed.child for handed in self._running.values()] + list(self._elsewhere.values())
         ]
-        left = estimate(self.tally.seconds, waiting, running, self._room())
+        left = estimate(self.tally.seconds, waiting, running, self._launcher.at_once)
         return Snapshot(self._title, metric, counts, self._trials.total, running, self.tally.best, left)
 
 

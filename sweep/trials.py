@@ -23,7 +23,7 @@ from sweep.space import Objective, Point, Search, Values, grid
 from utils import RunError
 
 if TYPE_CHECKING:
-    from sweep.tuner import Tuner
+    from sweep.tuner import Asked, Tuner
 
 JOURNAL = "optuna.journal"
 
@@ -32,6 +32,7 @@ class Trials(Protocol):
     """What a search hands out."""
 
     total: int  # children, those that are not known yet among them
+    learns: bool  # from results: so no more are to be handed out than run
 
     def next(self) -> Child | None:
         """Returns the next child to look at; None if there is none now."""
@@ -45,11 +46,16 @@ class Trials(Protocol):
 
 
 class Fixed:
-    """Children that are all known from the start, in their order."""
+    """Children that are all known from the start, in their order.
+
+    What others run comes first, here and below: it may hold a GPU that no other is to get meanwhile.
+    """
+
+    learns = False
 
     def __init__(self, children: Sequence[Child]) -> None:
         self.total = len(children)
-        self._waiting = deque(children)
+        self._waiting = deque(sorted(children, key=lambda child: not is_elsewhere(child)))
 
     def next(self) -> Child | None:
         return self._waiting.popleft() if self._waiting else None
@@ -87,8 +93,9 @@ class Adaptive:
         self._tuner, self._planner = tuner, planner
         self._seeds = max(1, len(search.seeds))
         self._objective, self._prunes = search.objective, search.pruner.name != "none"
+        self.learns = self._prunes or search.strategy.name == "tpe"
         self._trials: dict[int, _Trial] = {}
-        self._known = deque(tuner.asked)
+        self._known = deque(sorted(tuner.asked, key=lambda asked: not any(map(is_elsewhere, self._children(asked)))))
         self._ready: deque[Child] = deque()
         self._shown: dict[Path, int] = {}  # bytes of the journal that the tuner has seen
         num_points = len(grid(search)) if search.strategy.name == "grid" else search.max_trials or 0
@@ -102,11 +109,14 @@ class Adaptive:
                 self._exhausted = True
                 self.total = sum(len(trial.children) for trial in self._trials.values())
                 break
-            children = self._planner.children([asked.point], asked.number)
+            children = self._children(asked)
             trial = _Trial(children, deque(children))
             self._trials[asked.number] = trial
             self._release(trial)
         return self._ready.popleft() if self._ready else None
+
+    def _children(self, asked: Asked) -> list[Child]:
+        return self._planner.children([asked.point], asked.number)
 
     def _release(self, trial: _Trial) -> None:
         """Hands out a point's children: with a pruner the first one alone, the others once it is through."""
@@ -154,6 +164,11 @@ class Adaptive:
             self._tuner.tell(child.trial, outcome)
         elif len(trial.scores) == len(trial.children):
             self._tuner.tell(child.trial, "completed", statistics.fmean(trial.scores))
+
+
+def is_elsewhere(child: Child) -> bool:
+    """Tells whether another process trains a child now."""
+    return child.outlook().action == "wait"
 
 
 def score_of(child: Child, objective: Objective) -> float:

@@ -62,7 +62,8 @@ from utils import RunError, storage_error
 
 # In a row, before a space counts as exhausted: even if 19 of 20 points are excluded, one in 30,000 asks ends too early.
 MAX_DRAWS = 200
-DIGITS = 6  # significant ones of a drawn number, so that names stay short
+# Significant ones of a drawn number, so that names stay short. Optuna gets the number that is trained, too.
+DIGITS = 6
 STATES = {
     TrialState.WAITING: "open",
     TrialState.RUNNING: "open",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -9,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from sweep.children import Planner
+from sweep.space import cover
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -23,8 +27,9 @@ def parts() -> tuple[str, str, str]:
 
 
 def commands() -> list[list[str]]:
-    """Returns the commands of README.md's shell blocks that start a script of ours."""
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", README.read_text(), re.DOTALL)
+    """Returns the commands in the shell blocks of README.md and docs/searches.md that start a script of ours."""
+    documents = README.read_text() + (ROOT / "docs/searches.md").read_text()
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", documents, re.DOTALL)
     lines = [line.partition("  #")[0].strip() for block in blocks for line in block.splitlines()]
     return [shlex.split(line) for line in lines if line.startswith("python ")]
 
@@ -71,10 +76,19 @@ def test_help_describes_every_flag(script: str) -> None:
         assert flag in README.read_text(), f"{flag} of {script}.py is not in README.md"
 
 
+def test_the_search_json_that_is_explained_can_be_read(tmp_path: Path) -> None:
+    [text] = re.findall(r"```json\n(.*?)```", (ROOT / "docs/searches.md").read_text(), re.DOTALL)
+    (tmp_path / "search.json").write_text(text)
+    (tmp_path / "params.json").write_text((ROOT / "experiments/cnn_distill_resnet20/params.json").read_text())
+    search = Planner.read(tmp_path).search
+    assert search.space.keys() < json.loads(text).keys()
+    assert len(cover(search)) >= 3
+
+
 def test_links_lead_to_files_that_exist() -> None:
-    for document in ("README.md", "CONTRIBUTING.md"):
+    for document in ("README.md", "CONTRIBUTING.md", "docs/searches.md", "docs/clusters.md"):
         for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text()):
-            assert (ROOT / target).exists(), f"{document}: {target}"
+            assert (ROOT / document).parent.joinpath(target).exists(), f"{document}: {target}"
 
 
 def test_make_targets_that_are_named_exist() -> None:

@@ -23,7 +23,9 @@ ROOT = Path(__file__).parent.parent
 WITH_STUB = f"""
 import pathlib, sys
 sys.path.insert(0, {str(ROOT)!r})
-import process, search_hyperparams, sweep.launchers.base
+import process, search_hyperparams, sweep.launchers.base, sweep.launchers.local, sweep.launchers.starter
+sweep.launchers.local.STAGGER_SECONDS = 0
+sweep.launchers.starter.MODULES = ()
 sweep.launchers.base.TRAIN = pathlib.Path({str(ROOT / "tests/sweep/stub_train.py")!r})
 def main():
     status = search_hyperparams.main()
@@ -187,6 +189,7 @@ def test_at_the_second_signal_the_children_are_killed(
     process.send_signal(signal.SIGTERM)
     log = parent / "search_hyperparameters.log"
     wait_for(lambda: "a second signal kills" in log.read_text())
+    time.sleep(0.2)  # what comes at once is an echo
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=20)

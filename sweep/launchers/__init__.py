@@ -10,7 +10,6 @@ from sweep.launchers.base import Launcher
 from utils import RunError
 
 LAUNCHERS = ("local", "ray", "slurm")
-ROUNDS = 2  # of all slots: from so many on it pays that they share what they load
 
 
 def create_launcher(
@@ -45,9 +44,11 @@ def create_launcher(
 
         if options:
             raise RunError("--launcher_options: this machine has none; they go with --launcher ray or slurm")
-        on_cpu = device in ("cpu", "mps")
-        local = Local(slots_of([] if on_cpu else find_gpus(gpus), jobs, jobs_per_gpu), device)
-        if expected > ROUNDS * local.slots:
+        if device == "auto" and gpus == "none":
+            device = "cpu"
+        shared = find_gpus(gpus) if device in ("auto", "cuda") else []  # of cuda:1, the user sees to it
+        local = Local(slots_of(shared, jobs, jobs_per_gpu), device)
+        if expected > local.slots:
             local.preload()
         return local
     if name == "ray":

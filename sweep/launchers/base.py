@@ -15,13 +15,18 @@ class Launcher(Protocol):
     """Runs `train.py` on directories; what it prints is appended to their console.log, below the command.
 
     Attributes:
-        slots: How many may be handed over at a time, those that occupy one included. Where the place has a queue of its
-            own this is how many may wait or run there.
+        slots: How many may be handed over at a time, those that occupy a slot included.
+        at_once: How many of them run at a time; the others wait in a queue of the place.
         queues: Whether a run that was handed over may have to wait there.
     """
 
-    slots: int
     queues: bool
+
+    @property
+    def slots(self) -> int: ...
+
+    @property
+    def at_once(self) -> int: ...
 
     def submit(self, model_dir: Path) -> None:
         """Hands a run over and returns at once; an OSError or a RunError says why that cannot be."""

@@ -23,7 +23,7 @@ class Local:
     """Processes on this machine, each in its own session: Ctrl-C reaches the search, which tells its children.
 
     Args:
-        slots: One for each run at a time: the GPU that it has to itself, as CUDA_VISIBLE_DEVICES calls it, or None for
+        slots: One for each run at a time: its GPU, the only one it sees, as CUDA_VISIBLE_DEVICES calls it, or None for
             the CPU. The cores are divided among them.
         device: Handed to train.py.
     """
@@ -31,7 +31,7 @@ class Local:
     queues = False
 
     def __init__(self, slots: Sequence[str | None] = (None,), device: str = "auto") -> None:
-        self.slots = len(slots)
+        self.slots = self.at_once = len(slots)
         self._places = Counter(slots)
         self._taken: dict[Path, str | None] = {}  # by our runs
         self._occupied: dict[Path, str | None] = {}  # by those of others

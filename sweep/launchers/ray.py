@@ -48,7 +48,7 @@ class Ray:
             RAY_ADDRESS, or the cluster that `ray start` has started on this machine, or `local`.
 
     Raises:
-        RunError: Ray is not installed, or the cluster does not answer or lets us in.
+        RunError: Ray is not installed, or the cluster does not answer or does not let us in.
     """
 
     queues = True
@@ -62,11 +62,13 @@ class Ray:
         num_gpus: float | None = None,
         address: str | None = None,
     ) -> None:
-        self._place = address or os.environ.get("RAY_ADDRESS") or "this machine"
-        _knock(self._place)
+        head = address or os.environ.get("RAY_ADDRESS") or "local"
+        _knock(head)
+        self._cluster = "Ray on this machine" if head in ("auto", "local") else f"the Ray cluster at {head}"
         self._device, self._jobs = device, jobs
+        self.slots = jobs or 1
+        self._capacity: int | None = None  # until the driver knows
         self._ended: dict[Path, int] = {}
-        self._capacity: int | None = None
         self._unread = b""
         settings = {
             "address": address,
@@ -144,8 +146,8 @@ class Ray:
         )
 
     @property
-    def slots(self) -> int:
-        return self._jobs or self._capacity or 1  # one that waits makes a cluster grow, if it can
+    def at_once(self) -> int:
+        return min(self._capacity or 1, self.slots)
 
     def submit(self, model_dir: Path) -> None:
         self._say(train=str(model_dir), command=base.command(model_dir, self._device))
@@ -202,12 +204,15 @@ class Ray:
                 raise RunError(f"--launcher ray: {message['error']}", "cluster", FAILED)
             if "note" in message:
                 log.warning("%s", message["note"])
+            if "head" in message:
+                self._cluster = f"the Ray cluster at {message['head']}"
             if "slots" in message:
                 self._capacity = message["slots"]
+                self.slots = self._jobs or self._capacity or 1  # one that waits makes a cluster grow, if it can
             if "ended" in message:
                 self._ended[Path(message["ended"])] = message["status"]
         if gone and self._capacity is not None and not self._ended:
-            line = f"the Ray cluster on {self._place} has gone: {self._last_noise()}"
+            line = f"{self._cluster} has gone: {self._last_noise()}"
             way = "its runs save and end, the same command goes on from there"
             raise RunError(f"{line}; {way}", "cluster", TEMPORARY)
 
@@ -220,14 +225,14 @@ class Ray:
                 raise RunError(f"--launcher ray: Ray is not installed here; {INSTALL}")
             if b"InvalidAuthToken" in noise:
                 way = "copy the head's ~/.ray/auth_token to this machine, or set RAY_AUTH_TOKEN_PATH"
-                raise RunError(f"the Ray cluster on {self._place} wants another token than this machine has; {way}")
+                raise RunError(f"{self._cluster} wants another token than this machine has; {way}")
             self._listen()
             if self._capacity is None and (gone or time.monotonic() > deadline):
                 what = "could not be joined" if gone else "does not answer"
-                raise RunError(f"the Ray cluster on {self._place} {what}: {self._last_noise()}")
+                raise RunError(f"{self._cluster} {what}: {self._last_noise()}")
             time.sleep(0.02)
-        if self._capacity == 0:
-            log.warning("no node of the Ray cluster can take a run as it is; they wait for one that can")
+        room = f"room for {self._capacity} at a time" if self._capacity else "no room yet, they wait for another node"
+        log.info("runs go to %s: %s", self._cluster, room)
 
     def _read_noise(self) -> bytes:
         return os.pread(self._noise.fileno(), 1_000_000, 0)

@@ -125,6 +125,8 @@ class Driver:
         self._slots = -1
         self._counted = 0.0
         is_own = connect(settings["address"])
+        if not is_own:
+            self.say(head=ray.get_runtime_context().gcs_address)
         gpus = settings["num_gpus"]
         if gpus is None:
             gpus = float(ray.cluster_resources().get("GPU", 0) > 0)

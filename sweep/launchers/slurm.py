@@ -97,16 +97,14 @@ def read_options(given: Mapping[str, str]) -> dict[str, Any]:
 
 def parameters(options: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Returns options in the words of submitit's SlurmExecutor."""
-    plain = {key: options[key] for key in TEXTS if key in options and key not in ("setup", "reservation")}
+    same = {"cpus_per_task", "gpus_per_node", *TEXTS} - {"reservation", "setup"}
+    plain = {key: value for key, value in options.items() if key in same}
     more = {"signal": f"{SIGNAL}@{options['signal_delay_s']}", "requeue": True}
     if "reservation" in options:
         more["reservation"] = options["reservation"]
     if "mem_gb" in options:
         plain["mem"] = f"{round(1024 * options['mem_gb'])}M"
-    if "gpus_per_node" in options:
-        plain["gpus_per_node"] = options["gpus_per_node"]
     if "cpus_per_task" in options:
-        plain["cpus_per_task"] = options["cpus_per_task"]
         plain["srun_args"] = [f"--cpus-per-task={options['cpus_per_task']}"]  # srun does not take it over since 22.05
     # A job finds this file from wherever it was submitted, and whatever `module load` has made of the path.
     path = f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}"
@@ -216,7 +214,7 @@ class Slurm:
     slots = 100_000
 
     def __init__(self, parent: Path, jobs: int, device: str = "auto", options: Mapping[str, str] | None = None) -> None:
-        self._at_once, self._device, self._options = jobs, device, read_options(options or {})
+        self.at_once, self._device, self._options = jobs, device, read_options(options or {})
         self._parent = parent.absolute()
         self._folder = self._parent / "slurm"
         if "%" in str(self._folder):
@@ -308,7 +306,7 @@ class Slurm:
         """Submits what is collected, if more may run: as one array, or several where Slurm allows no larger ones."""
         while self._collected and (room := self._room()) > 0:
             # An array has its own limit, so that another one beside it may only be as large as what is left.
-            number = self._max_array if room == self._at_once else room
+            number = self._max_array if room == self.at_once else room
             paths = list(self._collected)[:number]
             self._executor.update_parameters(array_parallelism=room)
             try:
@@ -333,7 +331,7 @@ class Slurm:
     def _room(self) -> int:
         """Returns how many may run besides those that the limits of the arrays let run."""
         unfinished = Counter(job.id.partition("_")[0] for job in self._jobs.values())
-        return self._at_once - sum(min(self._throttles[array], n) for array, n in unfinished.items())
+        return self.at_once - sum(min(self._throttles[array], n) for array, n in unfinished.items())
 
     def _read_earlier(self, queue: Mapping[str, Seen]) -> dict[Path, Job]:
         """Returns the jobs of an earlier search that are still in the queue, by directory; forgets the others."""

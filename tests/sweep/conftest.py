@@ -10,7 +10,7 @@ import pytest
 
 from process import log
 from sweep import study
-from sweep.launchers import base
+from sweep.launchers import base, local
 
 PARAMS = {
     "num_epochs": 3,
@@ -22,6 +22,7 @@ PARAMS = {
 @pytest.fixture(autouse=True)
 def stub_train(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(local, "STAGGER_SECONDS", 0)
     monkeypatch.setattr(base, "TRAIN", Path(__file__).with_name("stub_train.py"))
 
 

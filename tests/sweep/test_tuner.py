@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import math
 import random
 import resource
@@ -199,7 +201,15 @@ def test_points_have_the_options_whose_conditions_hold_in_the_order_of_the_space
         assert type(point.get("loss.temperature", 1)) is int
         assert 1 <= point.get("loss.temperature", 1) <= 20
         assert 1e-4 <= point["optimizer.learning_rate"] <= 0.1
-        assert point["optimizer.momentum"] in (0.5, 0.6, 0.7, 0.8, 0.9)  # and not 0.7999999999999999
+        assert point["optimizer.momentum"] in (0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@pytest.mark.parametrize("name", ["random", "tpe"])
+def test_steps_are_those_of_the_grid_without_the_dust_of_sums(tmp_path: Path, name: str) -> None:
+    space = {"a": Range(0.1, 0.75, step=0.1), "n": Range(2, 12, step=3)}
+    found = points(finish(tmp_path, Search(space, strategy=Strategy(name, startup_trials=3), max_trials=28)))
+    assert {point["a"] for point in found} == {0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7}  # 0.1 + 2 * 0.1 is not 0.3
+    assert {repr(point["n"]) for point in found} == {"2", "5", "8", "11"}
 
 
 def test_random_draws_a_log_range_evenly_in_its_logarithm(tmp_path: Path) -> None:
@@ -219,10 +229,10 @@ def test_drawn_numbers_have_six_digits_stay_in_their_range_and_are_what_optuna_l
 
 
 def test_listed_values_come_back_as_they_are_though_optuna_confuses_some(tmp_path: Path) -> None:
-    listed = (1, True, None, "1", 0.5, [1, 2], {"name": "cnn", "depth": 2}, {"name": "cnn"})
-    for name in ("random", "tpe"):
+    mixed = (1, True, None, "1", 0.5, [1, 2], {"name": "cnn", "depth": 2}, {"name": "cnn"})
+    for name, listed in itertools.product(("random", "tpe"), (mixed, (0, False, 1, True))):
         search = Search({"student": Values(listed)}, strategy=Strategy(name, startup_trials=2), max_trials=20)
-        found = [point["student"] for point in points(finish(tmp_path / name, search))]
+        found = [point["student"] for point in points(finish(tmp_path / f"{name}{len(listed)}", search))]
         assert sorted(map(repr, found)) == sorted(map(repr, listed))
     plain = Search({"x": Values((1, 2.5, "a", None))}, strategy=RANDOM, max_trials=4)
     with tuner_of(tmp_path / "plain", plain) as tuner:
@@ -453,6 +463,7 @@ def test_a_failed_run_that_is_run_again_goes_on_with_what_was_reported(tmp_path:
         assert tuner.asked[failing].state == "open"
         tuner.tell(failing, "pruned")
         assert [asked.state for asked in tuner.asked] == ["completed", "pruned"]
+    assert read(tmp_path).trials[-1].intermediate_values == {1: 0.0, 2: 0.0}
 
 
 # --- the journal ------------------------------------------------------------------------------------------
@@ -597,7 +608,11 @@ def test_a_journal_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     assert caught.value.reason == "storage"
 
 
-def test_optuna_says_nothing_and_leaves_nothing_else_behind(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_optuna_says_nothing_and_leaves_nothing_else_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = said.append  # type: ignore[method-assign]
+    monkeypatch.setattr(logging.getLogger("optuna"), "handlers", [handler])
     finish(tmp_path, make(TPE, pruner=MEDIAN, include=({"seed": 1}, {"loss.name": "ce"})))
-    assert capfd.readouterr() == ("", "")
+    assert said == []
     assert [path.name for path in tmp_path.iterdir()] == ["optuna.journal"]

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT, TINY, merged, read_journal
+from helpers import ROOT, TINY, Script, merged, read_journal
 from ray_cluster import PYTHON, Cluster, Impossible, cluster, marked, prepare
 
+import search_hyperparams
 from sweep.launchers import base, ray
 from sweep.launchers.local import Local
 from sweep.launchers.ray import Ray
@@ -134,7 +135,7 @@ def test_what_has_ended_is_told_before_the_cluster_has_gone(monkeypatch: pytest.
 
 def test_the_number_of_slots_follows_the_nodes_unless_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     use_driver(monkeypatch, "say(slots=0); sys.stdin.readline(); say(slots=5); sys.stdin.read()")
-    for jobs, before, after in ((None, 1, 5), (3, 3, 3)):
+    for jobs, before, after in ((None, 1, 5), (3, 3, 3)):  # one that waits may make a cluster grow
         with contextlib.closing(Ray(jobs=jobs)) as launcher:
             assert launcher.slots == before
             launcher.cancel(Path("any"))
@@ -264,6 +265,16 @@ def _is_dead(pid: str) -> bool:
 
 
 @pytest.mark.slow
+def test_a_search_is_sent_to_ray_from_the_command_line(
+    with_ray: str, make_parent: Callable[..., Path], script: Script, lines: list[str]
+) -> None:
+    parent = make_parent({"loss.alpha": [0.1, 0.2, 0.3]})
+    arguments = ("--parent_dir", parent, "--device", "cpu", "--launcher", "ray", "--launcher_options", "num_cpus=1")
+    assert script(search_hyperparams, *arguments).status == 0
+    assert [json.loads(path.read_text())["status"] for path in parent.glob("*/run.json")] == ["completed"] * 3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("who", ["search", "driver"])
 def test_when_search_or_driver_is_killed_its_runs_save_and_nothing_is_left(
     with_ray: str, make_child: Callable[..., Path], who: str
@@ -272,6 +283,7 @@ def test_when_search_or_driver_is_killed_its_runs_save_and_nothing_is_left(
     code = f"""
 import time
 from pathlib import Path
+import search_hyperparams
 from sweep.launchers import base, ray
 ray.DRIVER, base.TRAIN = {ray.DRIVER!r}, Path({str(base.TRAIN)!r})
 launcher = ray.Ray("cpu", num_cpus={len(os.sched_getaffinity(0))})

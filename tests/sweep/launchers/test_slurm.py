@@ -462,7 +462,7 @@ def train_py(monkeypatch: pytest.MonkeyPatch) -> None:
 def wait(launcher: Slurm | Local, number: int = 1, each: Callable[[], object] = lambda: None) -> dict[Path, int]:
     """Polls until so many have ended."""
     ended: dict[Path, int] = {}
-    for _ in range(2400):
+    for _ in range(4000):
         each()
         ended |= launcher.poll()
         if len(ended) == number:
@@ -472,7 +472,7 @@ def wait(launcher: Slurm | Local, number: int = 1, each: Callable[[], object] = 
 
 
 def wait_until(launcher: Slurm, condition: Callable[[], object]) -> None:
-    for _ in range(1200):
+    for _ in range(2400):
         assert launcher.poll() == {}
         if condition():
             return
