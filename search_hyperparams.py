@@ -24,7 +24,7 @@ from sweep.launchers import LAUNCHERS, create_launcher
 from sweep.launchers.base import Launcher
 from sweep.space import cover, describe, grid
 from sweep.study import Rules, Study, status_of
-from sweep.trials import Adaptive, Fixed, Trials, open_tuner, rehearse, warn_of_objective
+from sweep.trials import Adaptive, Fixed, Trials, most_children, open_tuner, rehearse, warn_of_objective
 from sweep.view import View, text
 from utils import OK, TEMPORARY, RunError
 
@@ -92,16 +92,21 @@ def read_options(texts: Sequence[str]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def alone(parent: Path) -> Iterator[None]:
-    """Holds a parent whose journal has one writer."""
+def alone(planner: Planner) -> Iterator[None]:
+    """Holds a parent whose journal has one writer; several searches may share a plain grid, each doing what is left."""
+    lock = FileLock(planner.parent / ".search.lock", timeout=0)
+    if planner.search.needs_tuner:
+        try:
+            lock.acquire()
+        except Timeout:
+            line = f"{planner.parent} is searched by another process; wait for it or stop it"
+            raise RunError(line, "locked", TEMPORARY) from None
+        except OSError as error:
+            raise utils.storage_error(error, Path(lock.lock_file)) from error
     try:
-        with FileLock(parent / ".search.lock", timeout=0):
-            yield
-    except Timeout:
-        line = f"{parent} is searched by another process; wait for it or stop it"
-        raise RunError(line, "locked", TEMPORARY) from None
-    except OSError as error:
-        raise utils.storage_error(error, parent / ".search.lock") from error
+        yield
+    finally:
+        lock.release()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,10 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = {"strategy": args.strategy, "max_trials": args.max_trials, "seeds": args.seeds}
     planner = Planner.read(args.parent_dir, args.overrides, as_sections, args.force, **given)
     search = planner.search
-    is_adaptive = search.strategy.name != "grid" or search.pruner.name != "none"
-    points = rehearse(planner, ahead=not args.status, force=args.force) if is_adaptive else grid(search)
+    points = rehearse(planner, ahead=not args.status, force=args.force) if search.needs_tuner else grid(search)
     children = planner.children(points)
-    total = max(len(children), (search.max_trials or 0) * max(1, len(search.seeds))) if is_adaptive else len(children)
+    total = max(len(children), most_children(search))
     if args.status:
         print(text(status_of(children, total, search, str(args.parent_dir))))
         return OK
@@ -125,13 +129,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return OK
     unfinished = [child for child in children if child.outlook(args.rerun).action == "start"]
     expected = len(unfinished) + total - len(children)
-    with launched(args, expected) as launcher, alone(args.parent_dir) if is_adaptive else contextlib.nullcontext():
+    with alone(planner), launched(args, expected) as launcher:
         check([*unfinished, *(planner.children(cover(search)) if search.strategy.name == "tpe" else [])])
         check_sources(unfinished, as_sections)
         set_logger(args.parent_dir / "search_hyperparameters.log")
         say_what_is_assumed(planner)
         log.info("Searching hyperparameters: %d of %d children to run", expected, total)
-        trials = trials_of(planner, children, is_adaptive, args.force)
+        trials = trials_of(planner, children, args.force)
         status = Study(trials, launcher, rules_of(args), search, str(args.parent_dir)).run(View())
     log.info("python synthesize_results.py --parent_dir %s", shlex.quote(str(args.parent_dir)))
     return status
@@ -154,10 +158,10 @@ def launched(args: argparse.Namespace, expected: int) -> Iterator[Launcher]:
         yield launcher
 
 
-def trials_of(planner: Planner, children: Sequence[Child], is_adaptive: bool, force: bool) -> Trials:
+def trials_of(planner: Planner, children: Sequence[Child], force: bool) -> Trials:
     """Returns what hands the children out; those that are known are made, so that tables show them as pending."""
     write([child for child in children if not child.changes])
-    return Adaptive(open_tuner(planner, force), planner) if is_adaptive else Fixed(children)
+    return Adaptive(open_tuner(planner, force), planner) if planner.search.needs_tuner else Fixed(children)
 
 
 def rules_of(args: argparse.Namespace) -> Rules:

@@ -168,8 +168,9 @@ def main() -> int:
         shutil.rmtree(folder, ignore_errors=True)
     text = f"""# What an engine adds to a trial
 
-Seconds, median (smallest to largest) of n = {args.rounds} rounds in which the ways take turns; searches of {args.trials} trials, {JOBS} at a
-time. Without a search the no-op takes {spread(alones[NO_OP])} and train.py with no epochs {spread(alones[TRAIN])}.
+Searches of {args.trials} trials, {JOBS} at a time. Seconds, median (smallest to largest) of n = {args.rounds} rounds,
+in which the ways take turns. Without a search the no-op takes {spread(alones[NO_OP])},
+train.py with no epochs {spread(alones[TRAIN])}.
 
 {table(ways, missing)}
 

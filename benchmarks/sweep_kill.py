@@ -93,7 +93,7 @@ def finish(search: subprocess.Popen[bytes]) -> float:
     """Returns the seconds until a search that has just begun ends."""
     began = time.monotonic()
     if search.wait():
-        raise SystemExit(f"failed: {search.args}")
+        raise SystemExit(f"failed: {search.args!r}")
     return time.monotonic() - began
 
 
@@ -110,7 +110,7 @@ def kill(search: subprocess.Popen[bytes], parent: Path, total: int, mean_seconds
     began, draw = time.monotonic(), random.Random(seed)
     while len(in_state(parent, "completed")) < math.ceil(total / 3):
         if search.poll() is not None:
-            raise SystemExit(f"ended before it could be killed: {search.args}")
+            raise SystemExit(f"ended before it could be killed: {search.args!r}")
         time.sleep(0.05)
     time.sleep(draw.uniform(0, mean_seconds))
     while not (running := in_state(parent, "running")):
@@ -187,7 +187,7 @@ def main() -> int:
     again_seconds = finish(begin(killed, args))
 
     held = compare(calm, killed, args.epochs)
-    rows = [
+    rows: list[list[object]] = [
         ["seconds", f"{calm_seconds:.0f}", f"{found.seconds:.0f} + {again_seconds:.0f}"],
         ["children x attempts", attempts(calm), attempts(killed)],
         ["epochs in all journals", *(sum(len(journal_of(path)) for path in children_of(p)) for p in (calm, killed))],
@@ -195,14 +195,18 @@ def main() -> int:
     run = read_json(children_of(calm)[0] / "run.json")["attempts"][-1]
     images = f"{100 * args.subset:g} % of the training images of CIFAR-10"
     images += " as JPEG" if dataset_options(args).get("name") == "image_folder" else ""
+    teacher = read_json(args.teacher_dir / "params.json")["student"]["name"]
+    command = "python benchmarks/sweep_kill.py --data_dir <data_dir> --teacher_dir <teacher_dir>"
+    machine = run["device"], f"precision {run['precision']}", f"{run['threads']} thread(s) per run"
     text = f"""# A search that was killed
 
 `experiments/cnn_distill_alpha_temp` without a search.json, so with the ancestor's grid of {total} points: 5-layer CNN,
-{args.epochs} epochs of {images}, teacher {read_json(args.teacher_dir / "params.json")["student"]["name"]}, {args.jobs} at a time. A tenth
-of the images is kept for validation. A run with the same seed had filled the store of the teacher's answers before both.
+{args.epochs} epochs of {images}, teacher {teacher}, {args.jobs} at a time.
+A tenth of the images is kept for validation. A run with the same seed had filled the store of the teacher's answers.
 
-With {found.completed} of {total} children completed SIGKILL ended the search and {found.child}, which had finished {found.epoch} of {args.epochs} epochs;
-{", ".join(found.orphans) or "no other child"} went on without a search. The same command was given again at once.
+With {found.completed} of {total} children completed SIGKILL ended the search and {found.child},
+which had finished {found.epoch} of {args.epochs} epochs; {", ".join(found.orphans) or "no other child"}
+went on without a search. The same command was given again at once.
 
 {tabulate(rows, ["", "undisturbed", "killed and run again"], tablefmt="github")}
 
@@ -212,8 +216,8 @@ With {found.completed} of {total} children completed SIGKILL ended the search an
 
 {table(calm)}
 
-Command: `python benchmarks/sweep_kill.py --data_dir <data_dir> --teacher_dir <teacher_dir> --epochs {args.epochs} --subset {args.subset:g}`.
-Each search ran once (n = 1). {stamp(run["device"], f"precision {run['precision']}", f"{run['threads']} thread(s) per run")}.
+Command: `{command} --epochs {args.epochs} --subset {args.subset:g}`.
+Each search ran once (n = 1). {stamp(*machine)}.
 """
     image = calm / "heatmap.png"
     if image.stat().st_size > MAX_IMAGE:

@@ -3,10 +3,10 @@
     python benchmarks/sweep_scale.py
 
 The children of a grid of 1,000 points are copies of a really trained student's directory, each with its own params,
-scores and journal of ten epochs; those of a random and of a TPE search are the same with the points in optuna.journal.
-All commands run once per round, in fresh processes with a warm file cache. "Handed over" is when the first thing that is
-written to the child's console.log says so; the training itself is benchmarks/no_op.py, the check before it train.py's
-own. The table goes to benchmarks/results/sweep_scale.md.
+scores and journal of ten epochs; those of a random and of a TPE search are such copies with points of optuna.journal.
+All commands run once per round, in fresh processes with a warm file cache. A child is handed over when its console.log
+says so; its training is benchmarks/no_op.py, which does nothing, the check before it train.py's own. The table goes to
+benchmarks/results/sweep_scale.md.
 """
 
 from __future__ import annotations
@@ -150,9 +150,7 @@ def commands(parent: Path, last: Path, is_grid: bool) -> dict[str, Callable[[], 
         "resume, one not there, until it is handed over": lambda: hand_over(parent, last, known=False),
     }
     if is_grid:
-        timed["`synthesize_results.py`"] = lambda: run(
-            [sys.executable, synthesize, "--parent_dir", parent, "--quiet"]
-        )
+        timed["`synthesize_results.py`"] = lambda: run([sys.executable, synthesize, "--parent_dir", parent, "--quiet"])
     return timed
 
 
@@ -189,8 +187,8 @@ def main() -> int:
     headers = ["search", "command", "seconds", f"below {TARGET:g} s"]
     text = f"""# Searches of {number:,} children
 
-From start to end of a process: median (smallest to largest) of n = {args.rounds} rounds. Each child has {files} files, as training
-and evaluation leave them, the checkpoints empty.
+From start to end of a process: median (smallest to largest) of n = {args.rounds} rounds.
+Each child has {files} files, as training and evaluation leave them, the checkpoints empty.
 
 {tabulate(rows, headers, tablefmt="pipe", colalign=["left", "left", "right", "right"], disable_numparse=True)}
 

@@ -144,8 +144,8 @@ def compare(what: str, random: Sequence[float], tpe: Sequence[float]) -> list[st
     return [what, each, f"{mean:+.2f} ± {half:.2f}", verdict]
 
 
-def mean_of(values: Sequence[float], digits: str = ".1f") -> str:
-    return f"{statistics.mean(values):{digits}} ({min(values):{digits}} to {max(values):{digits}})"
+def mean_of(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.0f} ({min(values):.0f} to {max(values):.0f})"
 
 
 def report(found: dict[str, list[Found]], args: argparse.Namespace) -> str:
@@ -162,41 +162,49 @@ def report(found: dict[str, list[Found]], args: argparse.Namespace) -> str:
             mean_of([f.trials for f in each]),
             mean_of([f.pruned for f in each]),
             mean_of([f.epochs for f in each]),
-            mean_of([f.seconds for f in each], ".0f"),
+            mean_of([f.seconds for f in each]),
         ]
         for way, each in found.items()
     ]
     differences = [compare(name, values["random"][name], values["tpe"][name]) for name in kinds]
-    each = [
-        [repeat, way, *(f"{value:.4g}" for value in f.point.values()), *(f"{100 * k(f):.2f}" for k in kinds.values())]
-        + [f.trials, f.pruned, f.epochs]
-        for repeat in range(args.repeats)
-        for way, f in ((way, found[way][repeat]) for way in WAYS)
-    ]
+    each = []
+    for repeat in range(args.repeats):
+        for way, f in ((way, found[way][repeat]) for way in WAYS):
+            scores = [f"{100 * kind(f):.2f}" for kind in kinds.values()]
+            values_of = [f"{value:.4g}" for value in f.point.values()]
+            each.append([repeat, way, *values_of, *scores, f.trials, f.pruned, f.epochs])
     options = [key.partition(".")[2] for key in found["tpe"][0].point]
-    fresh = f"; each best point again with {args.fresh_seeds} fresh seeds, their mean" if args.fresh_seeds else ""
-    headers = ["way", *kinds, "trials", "of them pruned", "epochs", "seconds of training"]
+    learning_rate = ", learning rate from 0.0001 to 0.01 (log)" if args.learning_rate else ""
+    teacher = read_json(args.teacher_dir / "params.json")["student"]["name"]
+    fresh = f"Each best point was trained again with {args.fresh_seeds} fresh seeds." if args.fresh_seeds else ""
+    tables = [
+        tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+        for rows, headers in (
+            (summary, ["way", *kinds, "trials", "of them pruned", "epochs", "seconds of training"]),
+            (differences, ["", "differences", "mean", "can it be told from none?"]),
+            (each, ["repeat", "way", *options, *kinds, "trials", "pruned", "epochs"]),
+        )
+    ]
     return f"""# TPE with pruning against random search at equal cost
 
-`experiments/cnn_distill_alpha_temp` with alpha from 0.05 to 0.99, temperature from 1.5 to 20 (log){
-        " and learning rate from 0.0001 to 0.01 (log)" if args.learning_rate else ""
-    }: 5-layer CNN,
-{args.epochs} epochs of {100 * args.subset:g} % of the training images of CIFAR-10, teacher {
-        read_json(args.teacher_dir / "params.json")["student"]["name"]
-    }. A budget of {args.budget} epochs for each search,
-{args.repeats} repeats with other seeds of search and training, {args.jobs} trials at a time{fresh}.
+`experiments/cnn_distill_alpha_temp` with alpha from 0.05 to 0.99, temperature from 1.5 to 20 (log){learning_rate}:
+5-layer CNN, {args.epochs} epochs of {100 * args.subset:g} % of the training images of CIFAR-10, teacher {teacher}.
+A budget of {args.budget} epochs for each search, {args.jobs} trials at a time, {args.repeats} repeats with other seeds.
+In each repeat both ways have the same seeds, and so the same first points (TPE begins with 10 random ones).
+{fresh}
+
 Accuracy in percent, mean ± sample standard deviation over repeats; of counts the mean (smallest to largest).
 
-{tabulate(summary, headers, tablefmt="github", disable_numparse=True)}
+{tables[0]}
 
-Epochs are those in the journals; the last trial of TPE may end up to {args.epochs - 1} epochs over the budget. An epoch that
-pruning cuts off is in the seconds only.
+Epochs are those in the journals; the last trial of TPE may end up to {args.epochs - 1} epochs over the budget. An epoch
+that pruning cuts off is in the seconds only.
 
 TPE minus random search, in points, repeat by repeat, and their mean with its 95 % confidence interval (Student's t):
 
-{tabulate(differences, ["", "differences", "mean", "can it be told from none?"], tablefmt="github", disable_numparse=True)}
+{tables[1]}
 
-{tabulate(each, ["repeat", "way", *options, *kinds, "trials", "pruned", "epochs"], tablefmt="github", disable_numparse=True)}
+{tables[2]}
 """
 
 

@@ -96,6 +96,21 @@ class Search:
     pruner: Pruner = field(default_factory=Pruner)
     common_random_numbers: bool = True  # False: every point has its own seed, which follows from it
 
+    @property
+    def num_seeds(self) -> int:
+        """Children per point."""
+        return max(1, len(self.seeds))
+
+    @property
+    def learns(self) -> bool:
+        """Whether results decide what is trained."""
+        return self.strategy.name == "tpe" or self.pruner.name != "none"
+
+    @property
+    def needs_tuner(self) -> bool:
+        """Whether points are drawn, or runs ended early; a plain grid needs nothing but its directories."""
+        return self.strategy.name != "grid" or self.learns
+
 
 LABELS = {"temperature": "Temp"}  # the ancestor's children are alpha_0.9_Temp_4.0
 MAX_POINTS = 10_000

@@ -71,7 +71,7 @@ class Tally:
     """What has become of the children so far, and the best of them; lines go to console and log as they come."""
 
     def __init__(self, trials: Trials, search: Search) -> None:
-        self._trials, self._objective, self._num_seeds = trials, search.objective, max(1, len(search.seeds))
+        self._trials, self._objective, self._num_seeds = trials, search.objective, search.num_seeds
         self.lines: dict[str, list[str]] = {"done": [], "skipped": [], "failed": []}
         self.seconds: list[float] = []  # that finished children have taken
         self._scores: dict[int, list[float]] = {}
@@ -183,10 +183,12 @@ class Study:
         self._look_elsewhere()
         more = self._hand_out()
         self._watch()
-        for path, status in self._launcher.poll().items():
+        ended = self._launcher.poll()
+        for path, status in ended.items():
             handed = self._running.pop(path)
             self._settle(handed.child, *self._judge(handed, status))
-        return bool(self._running or more or (self._elsewhere and self._ending is None))
+        # What has ended may be tried again, or make room for what depends on it.
+        return bool(self._running or ended or more or (self._elsewhere and self._ending is None))
 
     # --- starting -----------------------------------------------------------------------------------------
 

@@ -91,15 +91,13 @@ class Adaptive:
     def __init__(self, tuner: Tuner, planner: Planner) -> None:
         search = planner.search
         self._tuner, self._planner = tuner, planner
-        self._seeds = max(1, len(search.seeds))
         self._objective, self._prunes = search.objective, search.pruner.name != "none"
-        self.learns = self._prunes or search.strategy.name == "tpe"
+        self.learns = search.learns
         self._trials: dict[int, _Trial] = {}
         self._known = deque(sorted(tuner.asked, key=lambda asked: not any(map(is_elsewhere, self._children(asked)))))
         self._ready: deque[Child] = deque()
         self._shown: dict[Path, int] = {}  # bytes of the journal that the tuner has seen
-        num_points = len(grid(search)) if search.strategy.name == "grid" else search.max_trials or 0
-        self.total = num_points * self._seeds
+        self.total = most_children(search)
         self._exhausted = False
 
     def next(self) -> Child | None:
@@ -164,6 +162,12 @@ class Adaptive:
             self._tuner.tell(child.trial, outcome)
         elif len(trial.scores) == len(trial.children):
             self._tuner.tell(child.trial, "completed", statistics.fmean(trial.scores))
+
+
+def most_children(search: Search) -> int:
+    """Returns how many children a search has, unless its space has fewer points than are asked for."""
+    num_points = len(grid(search)) if search.strategy.name == "grid" else search.max_trials or 0
+    return num_points * search.num_seeds
 
 
 def is_elsewhere(child: Child) -> bool:

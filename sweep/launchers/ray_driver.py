@@ -26,6 +26,7 @@ from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, TaskCancell
 from experiment import is_locked
 from process import available_cores
 from sweep.launchers import base
+from utils import FAILED
 
 KEEPER = Path(__file__).resolve().with_name("keeper.py")
 POLL_SECONDS = 0.05
@@ -197,8 +198,11 @@ class Driver:
             return int(ray.get(run.task))
         except TaskCancelledError:
             return -signal.SIGTERM
-        except RayTaskError:
-            raise
+        except RayTaskError as error:
+            if isinstance(error.cause, FileNotFoundError):  # no other run would fare better there
+                raise
+            self.say(note=f"{Path(run.model_dir).name} could not be started: {error.cause}")
+            return FAILED
         except RayError as error:
             if run.cancelled:
                 return -signal.SIGTERM

@@ -116,6 +116,10 @@ def test_a_failure_is_tried_again_as_often_as_allowed(make_parent: MakeParent, l
     assert sum("tried again (2 of 2)" in line for line in lines) == 1
 
 
+def test_the_last_child_is_tried_again_like_the_others(make_parent: MakeParent, lines: list[str]) -> None:
+    assert search(make_parent({"stub.do": ["fail_once"]}), retry=1) == 0
+
+
 def test_a_child_that_others_run_is_waited_for_and_counts_as_done(make_parent: MakeParent, lines: list[str]) -> None:
     children = plan(make_parent({"alpha": [0.1, 0.2]}))
     write(children)

@@ -179,6 +179,12 @@ def test_with_seeds_the_first_is_judged_and_a_pruned_point_has_no_others(
     assert "4 done, 0 skipped, 0 failed, 1 pruned, 0 not started" in lines
 
 
+def test_the_other_seeds_of_the_last_point_are_trained_too(make_parent: MakeParent, lines: list[str]) -> None:
+    parent = make_parent({**PRUNED, "loss.alpha": [0.9], "seeds": [0, 1]}, stub={"do": "epochs"})
+    assert run(parent, 3) == 0
+    assert statuses(parent) == {"alpha_0.9_seed_0": "completed", "alpha_0.9_seed_1": "completed"}
+
+
 def test_a_loss_that_differs_from_child_to_child_is_no_silent_objective(lines: list[str]) -> None:
     from sweep.space import Objective
 

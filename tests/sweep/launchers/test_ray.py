@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
 from typing import Any
 
 import pytest
@@ -281,24 +282,23 @@ def test_when_search_or_driver_is_killed_its_runs_save_and_nothing_is_left(
 ) -> None:
     child, queued = make_child("child", "sleep"), make_child("queued", "sleep")
     code = f"""
-import time
+import contextlib, time
 from pathlib import Path
-import search_hyperparams
 from sweep.launchers import base, ray
 ray.DRIVER, base.TRAIN = {ray.DRIVER!r}, Path({str(base.TRAIN)!r})
-launcher = ray.Ray("cpu", num_cpus={len(os.sched_getaffinity(0))})
-launcher.submit(Path({str(child)!r})), launcher.submit(Path({str(queued)!r}))
-print(launcher._driver.pid, flush=True)
-time.sleep(600)
+with contextlib.closing(ray.Ray("cpu", num_cpus={len(os.sched_getaffinity(0))})) as launcher:
+    launcher.submit(Path({str(child)!r})), launcher.submit(Path({str(queued)!r}))
+    print(launcher._driver.pid, flush=True)
+    while not launcher.poll():
+        time.sleep(0.1)
 """
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as search:
+    with Popen([sys.executable, "-c", code], cwd=ROOT, stdout=PIPE, stderr=DEVNULL, text=True) as search:
         assert search.stdout is not None
         driver = int(search.stdout.readline())
         until(began(child))
         os.kill(search.pid if who == "search" else driver, signal.SIGKILL)
-        until(lambda: json.loads((child / "run.json").read_text())["status"] == "interrupted")
-        search.kill()
-    until(lambda: not marked("RAY_TMPDIR", with_ray))
+        until(lambda: json.loads((child / "run.json").read_text())["status"] == "interrupted", 20)
+    until(lambda: not marked("RAY_TMPDIR", with_ray), 20)
     assert not (queued / "pid").exists()
 
 
@@ -330,6 +330,18 @@ def test_a_node_that_does_not_see_the_files_is_named(with_ray: str, tmp_path: Pa
         launcher.submit(tmp_path / "nowhere")
         with pytest.raises(RunError, match=rf"{tmp_path}/nowhere does not exist on node {socket.gethostname()}"):
             wait(launcher)
+
+
+@pytest.mark.slow
+def test_a_run_that_cannot_be_started_fails_alone(
+    with_ray: str, make_child: Callable[..., Path], lines: list[str]
+) -> None:
+    with contextlib.closing(Ray("cpu")) as launcher:
+        (bad := make_child("bad")).joinpath("console.log").mkdir()
+        for child in (bad, good := make_child("good")):
+            launcher.submit(child)
+        assert wait(launcher, 2) == {bad: 1, good: 0}
+    assert any("bad could not be started" in line and "Is a directory" in line for line in lines)
 
 
 def write_runs(folder: Path, number: int) -> list[Path]:
