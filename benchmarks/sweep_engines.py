@@ -37,7 +37,8 @@ PARAMS = {
     "student": {"name": "tiny", "width": 4},
     "optimizer": {"name": "adam", "learning_rate": 0.01},
 }
-NEVER = "import sweep.launchers; sweep.launchers.ROUNDS = 1_000_000"  # preload what runs share
+# Each run loads all it needs by itself.
+PLAIN = "from sweep.launchers.local import Local; setattr(Local, Local.preload.__name__, lambda self: None)"
 
 
 @dataclass
@@ -98,7 +99,7 @@ def find_ways(folder: Path, stack: contextlib.ExitStack) -> tuple[list[Way], dic
     import slurm_cluster
 
     kinds = {"no-op": NO_OP, "train.py, no epochs": TRAIN}
-    ways = [Way(f"local, {kind}", train, before=NEVER) for kind, train in kinds.items()]
+    ways = [Way(f"local, {kind}", train, before=PLAIN) for kind, train in kinds.items()]
     ways += [Way(f"local, torch loaded once, {kind}", train) for kind, train in kinds.items()]
     missing = {}
     try:
@@ -177,6 +178,8 @@ train.py with no epochs {spread(alones[TRAIN])}.
 Until the first result: the interpreter, the check of all children by train.py, the engine's own start (Ray's cluster of
 one node; Slurm was running), and one trial. Per trial and slot: from one result to the next of the same slot, all being
 busy, so the trial itself, and that its end is noticed and the next one begun.
+A search on this machine loads torch once, in the background, if it has more trials than slots; in the first two lines
+it is kept from that.
 
 Command: `python benchmarks/sweep_engines.py`.
 {stamp(f"load {os.getloadavg()[0]:.1f} at the end", "one thread per trial")}.

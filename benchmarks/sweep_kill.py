@@ -126,8 +126,10 @@ def kill(search: subprocess.Popen[bytes], parent: Path, total: int, mean_seconds
     if read_status(child) != "stale":
         raise SystemExit(f"{child.name} ended in the moment when it was killed; take another --seed")
     epoch = read_json(child / "run.json")["epoch"]
-    orphans = [path.name for path in in_state(parent, "running")]
-    return Killed(seconds, len(in_state(parent, "completed")), child.name, epoch, orphans)
+    completed = in_state(parent, "completed")
+    begun = {path.parent for path in parent.glob("*/console.log")}  # perhaps just now: then no run.json says so yet
+    orphans = sorted(path.name for path in begun - {child, *completed})
+    return Killed(seconds, len(completed), child.name, epoch, orphans)
 
 
 def in_state(parent: Path, state: str) -> list[Path]:

@@ -12,7 +12,8 @@ What can be reproduced, with one version of Optuna:
   the coordinator was killed and started again at any moment. With several jobs it depends on which runs end first; the
   points are still those of a valid search, as runs that have not ended count as tried without success (constant liar).
 - With a pruner a run is compared with those that were there before it, so with several jobs the decisions depend on
-  who was first. What was decided at an epoch stays.
+  who was first. What was decided at an epoch stays. (One gap: if the coordinator is killed between Hyperband's
+  comparison and the line with its answer, that run goes on to the next comparison.)
 """
 
 from __future__ import annotations

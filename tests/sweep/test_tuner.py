@@ -232,8 +232,10 @@ def test_listed_values_come_back_as_they_are_though_optuna_confuses_some(tmp_pat
     mixed = (1, True, None, "1", 0.5, [1, 2], {"name": "cnn", "depth": 2}, {"name": "cnn"})
     for name, listed in itertools.product(("random", "tpe"), (mixed, (0, False, 1, True))):
         search = Search({"student": Values(listed)}, strategy=Strategy(name, startup_trials=2), max_trials=20)
-        found = [point["student"] for point in points(finish(tmp_path / f"{name}{len(listed)}", search))]
+        parent = tmp_path / f"{name}{len(listed)}"
+        found = [point["student"] for point in points(finish(parent, search))]
         assert sorted(map(repr, found)) == sorted(map(repr, listed))
+        assert len({trial.params["student"] for trial in read(parent).trials}) == len(listed)
     plain = Search({"x": Values((1, 2.5, "a", None))}, strategy=RANDOM, max_trials=4)
     with tuner_of(tmp_path / "plain", plain) as tuner:
         assert len([tuner.ask() for _ in range(4)]) == 4

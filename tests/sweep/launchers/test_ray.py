@@ -144,6 +144,28 @@ def test_the_number_of_slots_follows_the_nodes_unless_it_was_given(monkeypatch: 
             assert launcher.slots == after
 
 
+@pytest.mark.parametrize(
+    ("do", "orders", "status"),
+    [("ok", b"", 0), ("fail", b"", 2), ("sleep", b"t", 143), ("sleep", b"", 143), ("stubborn", b"tk", -9)],
+)
+@pytest.mark.parametrize("leave", [False, True], ids=["stays", "leaves"])
+def test_a_keeper_obeys_and_lets_its_command_save_when_its_owner_leaves(
+    make_child: Callable[..., Path], do: str, orders: bytes, status: int, leave: bool
+) -> None:
+    child = make_child("child", do)
+    command = [sys.executable, str(Path(ray.__file__).with_name("keeper.py")), *base.command(child, "cpu")]
+    with Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL) as keeper:
+        assert keeper.stdin is not None
+        assert keeper.stdout is not None
+        until(began(child))
+        if do != "ok":
+            os.write(keeper.stdin.fileno(), orders)
+        if leave or (do == "sleep" and not orders):
+            time.sleep(0.1)
+            keeper.stdin.close()  # a second SIGTERM would end it before it has saved, with status 99
+        assert int(keeper.stdout.read()) == status
+
+
 def until(happens: Callable[[], Any], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not happens():
@@ -233,7 +255,7 @@ def test_on_this_machine_alone_runs_start_wait_save_and_are_killed(
         for do, status in (("fail", 2), ("segfault", -signal.SIGSEGV)):
             launcher.submit(child := make_child(do, do))
             assert wait(launcher) == {child: status}
-        until(lambda: _is_dead((child / "worker").read_text()))
+        until(lambda: _is_dead((child / "worker").read_text()), 10)
 
         running = [make_child(f"sleep{number}", "sleep") for number in range(launcher.slots)]
         for child in running:
@@ -243,14 +265,14 @@ def test_on_this_machine_alone_runs_start_wait_save_and_are_killed(
         launcher.cancel(waiting)
         assert wait(launcher) == {waiting: -signal.SIGTERM}
         assert not (waiting / "pid").exists()
-        for child in running * 2:  # asking twice is no order to kill
+        for child in running:
             launcher.cancel(child)
         assert wait(launcher, len(running)) == dict.fromkeys(running, 128 + signal.SIGTERM)
 
         for asked_before in (True, False):
             launcher.submit(stubborn := make_child(f"stubborn{asked_before}", "stubborn"))
             until(began(stubborn))
-            if asked_before:
+            for _ in range(2 * asked_before):  # asking twice is no order to kill
                 launcher.cancel(stubborn)
                 time.sleep(1)
                 assert launcher.poll() == {}
@@ -425,6 +447,11 @@ def test_the_cluster_is_found_its_token_is_wanted_and_its_end_is_told(
         other.setenv("RAY_AUTH_TOKEN", "another")
         with pytest.raises(RunError, match=r"wants another token than this machine has; copy the head's"):
             Ray("cpu")
+    monkeypatch.delenv("OMP_NUM_THREADS")  # which its nodes have
+    with contextlib.closing(Ray("cpu", num_cpus=3)) as launcher:
+        launcher.submit(child := make_child("threads"))
+        assert wait(launcher) == {child: 0}
+        assert json.loads((child / "record.json").read_text())["threads"] == "3"
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
     with contextlib.closing(Ray("cpu")) as launcher:
         assert launcher.slots == 3
