@@ -130,11 +130,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unfinished = [child for child in children if child.outlook(args.rerun).action == "start"]
     expected = len(unfinished) + total - len(children)
     with alone(planner), launched(args, expected) as launcher:
-        check([*unfinished, *(planner.children(cover(search)) if search.strategy.name == "tpe" else [])])
+        ends = cover(search) if search.strategy.name == "tpe" and not children else []
+        check([*unfinished, *planner.children(ends)])
         check_sources(unfinished, as_sections)
         set_logger(args.parent_dir / "search_hyperparameters.log")
         say_what_is_assumed(planner)
-        log.info("Searching hyperparameters: %d of %d children to run", expected, total)
+        line = "Searching hyperparameters: %d of %d children to run, %d at a time on %s"
+        log.info(line, expected, total, launcher.at_once, launcher.place)
         trials = trials_of(planner, children, args.force)
         status = Study(trials, launcher, rules_of(args), search, str(args.parent_dir)).run(View())
     log.info("python synthesize_results.py --parent_dir %s", shlex.quote(str(args.parent_dir)))

@@ -27,7 +27,7 @@ class RunError(Exception):
     Args:
         message: What was given, what is allowed, where it came from, what to do next. One line per problem.
         reason: What was at fault, as run.json records it: `usage`, `params`, `data`, `teacher`,
-            `checkpoint`, `diverged`, `storage`, `locked`, `signal`, `preempted`.
+            `checkpoint`, `diverged`, `storage`, `locked`, `signal`, `preempted`; of a search also `cluster`.
         exit_status: 2 for what the user gave, 1 for what went wrong later, 75 for what another try may mend.
     """
 

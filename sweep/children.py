@@ -60,9 +60,13 @@ class Child:
             return read_json(self.dir / "run.json")
         return {}
 
-    def is_finished(self) -> bool:
-        """Tells whether all epochs are done; a completed run may have been given more of them since."""
-        run = self.read_run()
+    def is_finished(self, run: Mapping[str, Any] | None = None) -> bool:
+        """Tells whether all epochs are done; a completed run may have been given more of them since.
+
+        Args:
+            run: What `read_run` has returned, if it has been asked already; so too below.
+        """
+        run = self.read_run() if run is None else run
         done, wanted = run.get("epoch"), self.params.get("num_epochs")
         return run.get("status") == "completed" and isinstance(done, int) and isinstance(wanted, int) and done >= wanted
 
@@ -73,9 +77,11 @@ class Child:
             rerun: Which children are not left as they are: those that `failed` are tried again; `stale` ones, which
                 were stopped or killed, begin anew instead of going on; of `all` the results are given up.
         """
-        run, state = self.read_run(), "failed"
-        with contextlib.suppress(RunError):
-            state = read_status(self.dir)
+        run = self.read_run()
+        state = str(run.get("status", "failed" if (self.dir / "run.json").exists() else "pending"))
+        if state == "running":  # or stale
+            with contextlib.suppress(RunError):
+                state = read_status(self.dir)
         epoch = run.get("epoch", 0)
         if state == "running":
             return Outlook("wait", state, "wait: running elsewhere")
@@ -85,7 +91,7 @@ class Child:
             return Outlook("start", state, f"begin anew: {self.changes}", anew=True)
         if rerun == "all":
             return Outlook("start", state, f"begin anew: was {state}", anew=True)
-        if self.is_finished():
+        if self.is_finished(run):
             return Outlook("skip", state, "skip: completed")
         if state == "pruned":
             return Outlook("skip", state, f"skip: pruned at epoch {epoch}")
@@ -98,16 +104,18 @@ class Child:
             return Outlook("start", state, f"begin anew: was {state} at epoch {epoch + 1}", anew=True)
         return Outlook("start", state, f"resume at epoch {epoch + 1}")
 
-    def score(self, metric: str) -> float | None:
+    def score(self, metric: str, run: Mapping[str, Any] | None = None) -> float | None:
         """Returns a metric, such as `val.accuracy`, of the best weights; None where there is none."""
-        value = (self.read_run().get("best") or {}).get(metric.removeprefix("val."))
+        run = self.read_run() if run is None else run
+        value = (run.get("best") or {}).get(metric.removeprefix("val."))
         return value if isinstance(value, (int, float)) else None
 
-    def result(self, metric: str = "val.accuracy") -> str:
+    def result(self, metric: str, run: Mapping[str, Any] | None = None) -> str:
         """Returns a line about the best weights."""
-        score, best = self.score(metric), self.read_run().get("best") or {}
+        run = self.read_run() if run is None else run
+        score, epoch = self.score(metric, run), (run.get("best") or {}).get("epoch", 0)
         shown = "unknown" if score is None else f"{score:.4f}"
-        return f"{self.dir.name}: {metric.removeprefix('val.')} {shown} at epoch {best.get('epoch', 0)}"
+        return f"{self.dir.name}: {metric.removeprefix('val.')} {shown} at epoch {epoch}"
 
     def last_line(self) -> str:
         """Returns the last line of console.log, fit for a terminal; that is the command if nothing was printed."""

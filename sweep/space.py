@@ -77,7 +77,7 @@ class Pruner:
 
     name: str = "none"
     startup_trials: int = 5  # of median: as many are never pruned
-    warmup_epochs: int = 0  # of median: no run is pruned before
+    warmup_epochs: int = 0  # of median: of a run, so many are not judged
     min_epochs: int = 1  # of hyperband: the first comparison
     reduction_factor: int = 3  # of hyperband: one of so many goes on
 

@@ -91,13 +91,14 @@ class Tally:
 
     def _compare(self, child: Child) -> None:
         """Keeps the best point: with several seeds by its mean, once all of them are there."""
-        if not child.read_run().get("best"):  # completed, says somebody who has not trained it
+        run = child.read_run()
+        if not run.get("best"):  # completed, says somebody who has not trained it
             return
         scores = self._scores.setdefault(child.trial, [])
-        scores.append(score_of(child, self._objective))
+        scores.append(score_of(child, self._objective, run))
         if len(scores) < self._num_seeds:
             return
-        mean, line = statistics.fmean(scores), child.result(self._objective.metric)
+        mean, line = statistics.fmean(scores), child.result(self._objective.metric, run)
         if self._num_seeds > 1:
             name = child.dir.name.removesuffix(f"_seed_{child.point['seed']}")
             spread = statistics.stdev(scores)

@@ -12,7 +12,7 @@ import shutil
 import statistics
 import tempfile
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -151,6 +151,8 @@ class Adaptive:
     def ended(self, child: Child, outcome: str) -> None:
         trial = self._trials[child.trial]
         trial.num_ended += 1
+        if self._prunes and child is trial.children[0]:
+            self._judge(child)  # others are compared with all of its epochs
         if outcome in ("done", "skipped"):
             trial.scores.append(score_of(child, self._objective))
         if outcome == "pruned" or (outcome == "failed" and self._prunes and child is trial.children[0]):
@@ -175,16 +177,16 @@ def is_elsewhere(child: Child) -> bool:
     return child.outlook().action == "wait"
 
 
-def score_of(child: Child, objective: Objective) -> float:
+def score_of(child: Child, objective: Objective, run: Mapping[str, Any] | None = None) -> float:
     """Returns the objective of a completed child.
 
     Raises:
         RunError: Its metrics have no such number.
     """
-    score = child.score(objective.metric)
+    run = child.read_run() if run is None else run
+    score = child.score(objective.metric, run)
     if score is None:
-        known: dict[str, Any] = child.read_run().get("best") or {}
-        names = ", ".join(f"val.{name}" for name, value in known.items() if isinstance(value, float))
+        names = ", ".join(f"val.{name}" for name, value in (run.get("best") or {}).items() if isinstance(value, float))
         line = f"objective: {child.dir} has no {objective.metric}"
         raise RunError(f"{line}; it has {names or 'no metrics at all'}", "params")
     return score

@@ -338,7 +338,8 @@ def _seed(*numbers: int) -> int:
 
 def _create_pruner(pruner: Pruner, num_epochs: int) -> BasePruner:
     if pruner.name == "median":
-        return MedianPruner(n_startup_trials=pruner.startup_trials, n_warmup_steps=pruner.warmup_epochs)
+        # Optuna counts from 0, epochs begin with 1.
+        return MedianPruner(n_startup_trials=pruner.startup_trials, n_warmup_steps=pruner.warmup_epochs + 1)
     if pruner.name == "hyperband":
         if pruner.min_epochs > num_epochs:
             raise RunError(f"pruner.min_epochs: {pruner.min_epochs} is above num_epochs, {num_epochs}", "params")

@@ -97,7 +97,7 @@ def test_a_search_trains_every_child_and_says_what_is_next(tmp_path: Path) -> No
     assert {record["stdin"] for record in records} == {""}
     assert json.loads((parent / "alpha_0.5_Temp_4/params.json").read_text())["seed"] == 1
     lines = done.stdout.splitlines()
-    assert lines[0] == "Searching hyperparameters: 4 of 4 children to run"
+    assert lines[0] == "Searching hyperparameters: 4 of 4 children to run, 2 at a time on this machine"
     assert [line[:5] for line in lines[1:5]] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
     assert lines[5] == "4 done, 0 skipped, 0 failed, 0 not started"
     assert "accuracy 0.9000 at epoch 2" in lines[6]

@@ -18,9 +18,13 @@ class Launcher(Protocol):
         slots: How many may be handed over at a time, those that occupy a slot included.
         at_once: How many of them run at a time; the others wait in a queue of the place.
         queues: Whether a run that was handed over may have to wait there.
+        place: What it is called in the log, such as `this machine`.
     """
 
     queues: bool
+
+    @property
+    def place(self) -> str: ...
 
     @property
     def slots(self) -> int: ...

@@ -29,6 +29,7 @@ class Local:
     """
 
     queues = False
+    place = "this machine"
 
     def __init__(self, slots: Sequence[str | None] = (None,), device: str = "auto") -> None:
         self.slots = self.at_once = len(slots)

@@ -146,6 +146,10 @@ class Ray:
         )
 
     @property
+    def place(self) -> str:
+        return self._cluster
+
+    @property
     def at_once(self) -> int:
         return min(self._capacity or 1, self.slots)
 
@@ -231,8 +235,8 @@ class Ray:
                 what = "could not be joined" if gone else "does not answer"
                 raise RunError(f"{self._cluster} {what}: {self._last_noise()}")
             time.sleep(0.02)
-        room = f"room for {self._capacity} at a time" if self._capacity else "no room yet, they wait for another node"
-        log.info("runs go to %s: %s", self._cluster, room)
+        if not self._capacity:
+            log.warning("%s has no room yet: runs wait for another node", self._cluster)
 
     def _read_noise(self) -> bytes:
         return os.pread(self._noise.fileno(), 1_000_000, 0)

@@ -211,6 +211,7 @@ class Slurm:
     """
 
     queues = True
+    place = "Slurm"
     slots = 100_000
 
     def __init__(self, parent: Path, jobs: int, device: str = "auto", options: Mapping[str, str] | None = None) -> None:

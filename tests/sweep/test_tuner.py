@@ -352,7 +352,7 @@ def test_median_ends_a_run_whose_best_so_far_is_worse_than_the_median_of_the_com
                 values.append(sign * draw.gauss(0, 1))
                 best = max(sign * value for value in values)
                 others = [sign * other[epoch - 1] for other in completed]
-                hopeless = len(others) >= 3 and 2 <= epoch < 6 and best < statistics.median(others)
+                hopeless = len(others) >= 3 and 2 < epoch < 6 and best < statistics.median(others)
                 assert tuner.report(new.number, epoch, values[-1]) == hopeless
                 if hopeless:
                     tuner.tell(new.number, "pruned")
