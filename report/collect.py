@@ -31,6 +31,7 @@ FLAT = {
     "augmentation": "dataset.augmentation",
     "num_workers": "dataset.num_workers",
 }
+SEARCH_LOG = "search_hyperparameters.log"
 MAX_FAULT = 200  # characters: a reason may quote what it found
 
 
@@ -66,7 +67,8 @@ def collect(parent_dir: Path) -> tuple[list[Row], list[str]]:
 
     for root, folders, files in os.walk(parent_dir, onerror=unreadable):
         folders[:] = [folder for folder in folders if not folder.startswith(".")]
-        is_reference = "search.json" in files and "run.json" not in files  # a search's template: it never runs
+        # What a search takes its children from never runs; with the default grid it has no search.json.
+        is_reference = {"search.json", SEARCH_LOG} & {*files} and "run.json" not in files
         if "params.json" in files and not is_reference:
             rows.append(read_row(Path(root), files))
     rows.sort(key=lambda row: row.path)

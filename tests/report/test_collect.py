@@ -92,9 +92,10 @@ def test_the_path_is_as_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert only_row(Path("experiments")).path == "experiments/a"
 
 
-def test_the_reference_of_a_search_is_no_row_until_it_has_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("beside", ["search.json", "search_hyperparameters.log"])  # with the default grid only the log
+def test_the_reference_of_a_search_is_no_row_until_it_has_run(tmp_path: Path, beside: str) -> None:
     write(tmp_path, "params.json", PARAMS)
-    write(tmp_path, "search.json", {})
+    write(tmp_path, beside, {})
     assert collect(tmp_path) == ([], [])
     write_run(tmp_path)
     assert only_row(tmp_path).state == "completed"
