@@ -112,6 +112,7 @@ class Search:
         return self.strategy.name != "grid" or self.learns
 
 
+JOURNAL = "optuna.journal"  # in the parent: which points were chosen, where results decide that
 LABELS = {"temperature": "Temp"}  # the ancestor's children are alpha_0.9_Temp_4.0
 MAX_POINTS = 10_000
 MAX_NAME = 100

@@ -19,13 +19,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from process import log
 from sweep.children import Child, Planner
-from sweep.space import Objective, Point, Search, Values, grid
+from sweep.space import JOURNAL, Objective, Point, Search, Values, grid
 from utils import RunError
 
 if TYPE_CHECKING:
     from sweep.tuner import Asked, Tuner
-
-JOURNAL = "optuna.journal"
 
 
 class Trials(Protocol):

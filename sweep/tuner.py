@@ -43,6 +43,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from sweep.space import (
+    JOURNAL,
     MAX_POINTS,
     Dimension,
     Point,
@@ -58,7 +59,6 @@ from sweep.space import (
     same,
     takes,
 )
-from sweep.trials import JOURNAL
 from utils import RunError, storage_error
 
 # In a row, before a space counts as exhausted: even if 19 of 20 points are excluded, one in 30,000 asks ends too early.
