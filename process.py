@@ -67,6 +67,30 @@ class ConsoleHandler(logging.Handler):
             sys.stdout.flush()
 
 
+class FileHandler(logging.FileHandler):
+    """Appends lines to a file; where that fails, as on a full disk, it says so once and lets the file be."""
+
+    _failed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self._failed:
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):  # a fault in the line
+            super().handleError(record)
+            return
+        self._failed = True
+        with contextlib.suppress(OSError, ValueError):
+            line = f"cannot write {self.baseFilename}: {error.strerror or error}; going on without it"
+            tqdm.write(line, file=sys.stderr)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what could not be written is tried again
+            super().close()
+
+
 _with_place = warnings.formatwarning
 
 
@@ -93,7 +117,7 @@ def set_logger(path: Path | None = None, quiet: bool = False, mute: bool = False
     handlers: list[logging.Handler] = [console]
     if path is not None:
         try:
-            file = logging.FileHandler(path, encoding="utf-8")
+            file = FileHandler(path, encoding="utf-8")
         except OSError as error:
             raise storage_error(error, path) from error
         file.setFormatter(logging.Formatter("%(asctime)s:%(levelname)s: %(message)s"))
@@ -172,12 +196,12 @@ class StopSignals:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
-    def error(self, done: str) -> RunError:
-        """Returns what ends the script after saving; `done` says how far it got."""
+    def error(self, done: str, way: str = "the same command") -> RunError:
+        """Returns what ends the script after saving; `done` says how far it got, `way` what goes on from there."""
         assert self.received is not None
         ended = self.received in (signal.SIGINT, signal.SIGTERM)
         status = 128 + self.received if ended else TEMPORARY
-        line = f"stopped by {self.received.name} {done}; the same command goes on from there"
+        line = f"stopped by {self.received.name} {done}; {way} goes on from there"
         return RunError(line, "signal" if ended else "preempted", status)
 
 

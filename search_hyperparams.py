@@ -12,22 +12,25 @@ import argparse
 import contextlib
 import re
 import shlex
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 import utils
-from process import log, run_main, set_logger
-from sweep.children import RERUN, Child, Planner, check, check_sources, table, write
+from process import log, provenance, run_main, set_logger
+from sweep.children import RERUN, Planner, check, check_sources, table, write
 from sweep.launchers import LAUNCHERS, create_launcher
 from sweep.launchers.base import Launcher
 from sweep.space import cover, describe, grid
 from sweep.study import Rules, Study, status_of
-from sweep.trials import Adaptive, Fixed, Trials, most_children, open_tuner, rehearse, warn_of_objective
+from sweep.trials import Adaptive, Fixed, most_children, open_tuner, rehearse, warn_of_objective
 from sweep.view import View, text
-from utils import OK, TEMPORARY, RunError
+from utils import OK, TEMPORARY, USAGE, RunError
 
+CALLED = ("overrides", "strategy", "max_trials", "seeds")
 SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -113,34 +116,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_args(arguments)
     from model.legacy import as_sections  # it brings pydantic, which importing this script shall not
 
-    given = {"strategy": args.strategy, "max_trials": args.max_trials, "seeds": args.seeds}
-    planner = Planner.read(args.parent_dir, args.overrides, as_sections, args.force, **given)
-    search = planner.search
-    points = rehearse(planner, ahead=not args.status, force=args.force) if search.needs_tuner else grid(search)
-    children = planner.children(points)
-    total = max(len(children), most_children(search))
     if args.status:
-        print(text(status_of(children, total, search, str(args.parent_dir))))
-        return OK
-    if args.dry_run:
-        more = total - len(children)
-        later = [f"and {more} more, chosen as results come in"] if more else []
-        print("\n".join(describe(search)), table(children, args.rerun), *later, sep="\n\n")
-        return OK
-    unfinished = [child for child in children if child.outlook(args.rerun).action == "start"]
-    expected = len(unfinished) + total - len(children)
-    with alone(planner), launched(args, expected) as launcher:
-        ends = cover(search) if search.strategy.name == "tpe" and not children else []
-        check([*unfinished, *planner.children(ends)])
-        check_sources(unfinished, as_sections)
-        set_logger(args.parent_dir / "search_hyperparameters.log")
-        say_what_is_assumed(planner)
-        line = "Searching hyperparameters: %d of %d children to run, %d at a time on %s"
-        log.info(line, expected, total, launcher.at_once, launcher.place)
-        trials = trials_of(planner, children, args.force)
-        status = Study(trials, launcher, rules_of(args), search, str(args.parent_dir)).run(View())
+        recall(args)
+    given = {name: getattr(args, name) for name in ("strategy", "max_trials", "seeds")}
+    looks_only = args.status or args.dry_run
+    planner = Planner.read(args.parent_dir, args.overrides, as_sections, args.force or looks_only, **given)
+    search = planner.search
+    with contextlib.nullcontext() if looks_only else alone(planner):
+        points = rehearse(planner, ahead=not args.status, force=args.force) if search.needs_tuner else grid(search)
+        children = planner.children(points)
+        total = max(len(children), most_children(search))
+        if args.status:
+            print(text(status_of(children, total, search, str(args.parent_dir))))
+            return OK
+        if args.dry_run:
+            more = total - len(children)
+            later = [f"and {more} more, chosen as results come in"] if more else []
+            print("\n".join(describe(search)), table(children, args.rerun, args.force), *later, sep="\n\n")
+        unfinished = [child for child in children if child.outlook(args.rerun).action == "start"]
+        expected = len(unfinished) + total - len(children)
+        with contextlib.nullcontext() if args.dry_run else launched(args, expected) as launcher:
+            ends = cover(search) if search.strategy.name == "tpe" and not children else []
+            check([*children, *planner.children(ends)])
+            check_sources(unfinished, as_sections)
+            if launcher is None:
+                return USAGE if any(child.changes for child in children) and not args.force else OK
+            set_logger(args.parent_dir / "search_hyperparameters.log")
+            say_what_is_assumed(planner)
+            remember(args)
+            line = "Searching hyperparameters: %d of %d children to run, %d at a time on %s"
+            log.info(line, expected, total, launcher.at_once, launcher.place)
+            # Made at once, so that tables show them as pending.
+            write([child for child in unfinished if not child.changes])
+            trials = Adaptive(open_tuner(planner, args.force), planner) if search.needs_tuner else Fixed(children)
+            status = Study(trials, launcher, rules_of(args), search, str(args.parent_dir)).run(View())
     log.info("python synthesize_results.py --parent_dir %s", shlex.quote(str(args.parent_dir)))
     return status
+
+
+def remember(args: argparse.Namespace) -> None:
+    """Notes how the search was called: what it searches does not stand in params.json and search.json alone."""
+    called = {name: getattr(args, name) for name in CALLED}
+    utils.write_json(args.parent_dir / "search_run.json", {**called, **provenance(), "launcher": args.launcher})
+
+
+def recall(args: argparse.Namespace) -> None:
+    """Takes over how the last search was called, where the command line does not say it."""
+    if (path := args.parent_dir / "search_run.json").exists():
+        called = utils.read_json(path)
+        for name in CALLED:
+            setattr(args, name, getattr(args, name) or called.get(name))
 
 
 @contextlib.contextmanager
@@ -160,12 +185,6 @@ def launched(args: argparse.Namespace, expected: int) -> Iterator[Launcher]:
         yield launcher
 
 
-def trials_of(planner: Planner, children: Sequence[Child], force: bool) -> Trials:
-    """Returns what hands the children out; those that are known are made, so that tables show them as pending."""
-    write([child for child in children if not child.changes])
-    return Adaptive(open_tuner(planner, force), planner) if planner.search.needs_tuner else Fixed(children)
-
-
 def rules_of(args: argparse.Namespace) -> Rules:
     """Returns what the command line says about trouble."""
     return Rules(args.rerun, args.retry, args.fail_fast, args.timeout, args.trial_timeout, args.stop_file)
@@ -181,4 +200,5 @@ def say_what_is_assumed(planner: Planner) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is temporary goes, too
     run_main(main)

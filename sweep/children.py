@@ -21,7 +21,7 @@ from typing import Any
 from tabulate import tabulate
 
 import utils
-from experiment import MAY_CHANGE, read_status
+from experiment import MAY_CHANGE, is_locked
 from sources import find_initial, find_teacher
 from sweep.launchers import base
 from sweep.space import Point, Search, child_params, child_seed, name_points, show
@@ -29,6 +29,7 @@ from utils import RunError, read_json
 
 CHECKED_AT_ONCE = 1_000  # directories on one command line, which has a limit
 RERUN = ("none", "failed", "stale", "all")
+UNREADABLE = "run.json cannot be read"
 
 AsSections = Callable[[Mapping[str, Any]], dict[str, Any]]
 
@@ -51,13 +52,19 @@ class Child:
     point: Point  # the seed is in it if the search varies it
     params: dict[str, Any]
     trial: int = 0  # the number of the point; children of several seeds share it
-    changes: str = ""  # how its params differ from those that it has been trained with, where --force allows that
+    is_written: bool = False  # its params.json says what the search asks for
+    changes: str = ""  # how its params differ from those that it has been trained with
     run_before: dict[str, Any] = field(default_factory=dict)  # run.json as an earlier attempt has left it
 
     def read_run(self) -> dict[str, Any]:
         """Returns run.json; nothing where there is none, or none that can be read (train.py says why)."""
         with contextlib.suppress(RunError):
-            return read_json(self.dir / "run.json")
+            run = read_json(self.dir / "run.json")
+            run = {key: value for key, value in run.items() if value is not None}
+            kinds = {"status": str, "epoch": int, "attempts": list, "best": dict}
+            fits = all(isinstance(run[key], kind) for key, kind in kinds.items() if key in run)
+            if fits and all(isinstance(attempt, dict) for attempt in run.get("attempts", [])):
+                return run
         return {}
 
     def is_finished(self, run: Mapping[str, Any] | None = None) -> bool:
@@ -78,31 +85,40 @@ class Child:
                 were stopped or killed, begin anew instead of going on; of `all` the results are given up.
         """
         run = self.read_run()
-        state = str(run.get("status", "failed" if (self.dir / "run.json").exists() else "pending"))
-        if state == "running":  # or stale
-            with contextlib.suppress(RunError):
-                state = read_status(self.dir)
-        epoch = run.get("epoch", 0)
+        state = run.get("status", "failed" if (self.dir / "run.json").exists() else "pending")
+        if state != "completed" and is_locked(self.dir):
+            return Outlook("wait", "running", "wait: running elsewhere")
         if state == "running":
-            return Outlook("wait", state, "wait: running elsewhere")
-        if state == "pending":
-            return Outlook("start", state, "run")
+            state = "stale"
+        epoch = run.get("epoch", 0)
+        if self.changes and self._is_adapted():
+            self.changes = ""
+        if state == "pending" or run.get("reason") == "removed":
+            return Outlook("start", "pending", "run")
         if self.changes:
             return Outlook("start", state, f"begin anew: {self.changes}", anew=True)
         if rerun == "all":
             return Outlook("start", state, f"begin anew: was {state}", anew=True)
         if self.is_finished(run):
-            return Outlook("skip", state, "skip: completed")
+            wanted = self.params["num_epochs"]
+            more = f", with {epoch} epochs; {wanted} are asked for" if epoch > wanted else ""
+            return Outlook("skip", state, f"skip: completed{more}")
         if state == "pruned":
             return Outlook("skip", state, f"skip: pruned at epoch {epoch}")
         if state == "failed":
-            reason = f"failed ({run.get('reason', 'run.json cannot be read')})"
+            reason = f"failed ({run.get('reason', UNREADABLE)})"
             if rerun == "failed":
-                return Outlook("start", state, f"run again: {reason}")
+                return Outlook("start", state, f"run again: {reason}", anew=not run)
             return Outlook("skip", state, f"skip: {reason}; --rerun failed")
         if rerun == "stale" and state != "completed":
             return Outlook("start", state, f"begin anew: was {state} at epoch {epoch + 1}", anew=True)
         return Outlook("start", state, f"resume at epoch {epoch + 1}")
+
+    def _is_adapted(self) -> bool:
+        """Tells whether params.json has been changed to what is asked for, and so its old results are gone."""
+        with contextlib.suppress(RunError):
+            return read_json(self.dir / "params.json") == self.params
+        return False
 
     def score(self, metric: str, run: Mapping[str, Any] | None = None) -> float | None:
         """Returns a metric, such as `val.accuracy`, of the best weights; None where there is none."""
@@ -174,8 +190,14 @@ class Planner:
         reference, path = read_json(parent / "params.json"), parent / "search.json"
         search = read_search(path, copy.deepcopy(reference), **given)
         overridden = utils.apply_overrides(reference, overrides)
-        varied = {*search.space, *(["seed"] if search.seeds else [])}
-        if twice := [key for key in overridden if key in varied]:
+        varied = [*search.space, *(["seed"] if search.seeds else [])]
+        twice = [
+            key
+            for key in overridden
+            for other in varied
+            if f"{other}.".startswith(f"{key}.") or key.startswith(f"{other}.")
+        ]
+        if twice:
             raise RunError(f"--overrides: {twice[0]} is what {path} varies; remove it from one of the two")
         return cls(parent, search, reference, as_sections, force)
 
@@ -199,12 +221,11 @@ class Planner:
         for name, point in name_points(seeded, self.search.space).items():
             child = Child(self.parent / name, point, self._params(point), trials[id(point)])
             children.append(child)
-            if (child.dir / "params.json").exists() and (changes := self._changes(child)):
-                if not self._force:
-                    way = "remove that directory, undo the change, or give its results up by --force"
-                    path = child.dir / "params.json"
-                    problems.append(f"{path} is not what the search asks for ({changes}); {way}")
-                child.changes = changes
+            if (child.dir / "params.json").exists():
+                child.changes = self._changes(child)
+            if child.changes and not self._force:
+                way = "remove that directory, undo the change, or give its results up by --force"
+                problems.append(f"{child.dir / 'params.json'} is not what the search asks for ({child.changes}); {way}")
         if problems:
             raise RunError("\n".join(problems), "params")
         return children
@@ -218,17 +239,23 @@ class Planner:
     def _changes(self, child: Child) -> str:
         """Returns how the params of an existing directory differ, but for what may; adopts what is the same."""
         present = read_json(child.dir / "params.json")
-        if present == child.params:
+        child.is_written = present == child.params
+        if child.is_written:
             return ""
         found = utils.differences(self._as_sections(present), self._as_sections(child.params))
         if not found:
-            child.params = present  # the same in other words may stay as it is
+            child.params, child.is_written = present, True  # the same in other words may stay as it is
         return "; ".join(f"{key}: {change}" for key, change in found.items() if key not in MAY_CHANGE)
 
 
-def table(children: Sequence[Child], rerun: str = "none") -> str:
+def table(children: Sequence[Child], rerun: str = "none", force: bool = False) -> str:
     """Returns what a search would do, as a Markdown table and a line of counts."""
-    outlooks = [child.outlook(rerun) for child in children]
+    outlooks = [
+        Outlook("refuse", "changed", f"refuse: {child.changes}; --force")
+        if child.changes and not force
+        else child.outlook(rerun)
+        for child in children
+    ]
     keys = list(dict.fromkeys(key for child in children for key in child.point))
     rows = [
         [child.dir.name, *(_cell(child.point, key) for key in keys), outlook.text.replace("|", "\\|")]
@@ -250,6 +277,7 @@ def count(outlooks: Collection[Outlook]) -> str:
         "pruned": [o for o in outlooks if o.action == "skip" and o.state == "pruned"],
         "failed": [o for o in outlooks if o.action == "skip" and o.state == "failed"],
         "running elsewhere": [o for o in outlooks if o.action == "wait"],
+        "refused": [o for o in outlooks if o.action == "refuse"],
     }
     always = ("to run", "completed")
     return ", ".join(f"{len(those)} {name}" for name, those in found.items() if those or name in always)
@@ -260,7 +288,7 @@ def check(children: Sequence[Child]) -> None:
 
     A child whose directory exists, with these params, was checked before that was made.
     """
-    unchecked = [child for child in children if child.changes or not (child.dir / "params.json").exists()]
+    unchecked = [child for child in children if not child.is_written]
     lines = []
     with tempfile.TemporaryDirectory(prefix="kdlab-") as temporary:
         copies = [replace(child, dir=Path(temporary, child.dir.name)) for child in unchecked]

@@ -16,28 +16,29 @@ from pathlib import Path
 
 from experiment import Experiment
 from process import StopSignals, log
-from sweep.children import Child, Outlook, describe, write
+from sweep.children import UNREADABLE, Child, Outlook, describe, write
 from sweep.launchers.base import Launcher
 from sweep.space import Search
 from sweep.trials import Fixed, Trials, score_of
-from sweep.view import Snapshot, View, estimate, read_running
+from sweep.view import Running, Snapshot, View, estimate, read_running
 from utils import FAILED, OK, TEMPORARY, RunError
 
 POLL_SECONDS = 0.1
 LOOK_SECONDS = 1.0  # between two looks at directories that are not ours to wait for
 GRACE_SECONDS = 60.0  # for a child that was told to end, before it is killed
+LEAVE_SECONDS = 10.0  # for children to save when the search ends by an error
 MAX_CONSOLE_BYTES = 100_000_000  # a child that prints without end must not fill the disk of all the others
 FAILED_FAST = "a child failed (--fail_fast)"
 FINAL = ("diverged", "params", "data", "teacher", "usage")  # reasons that another try does not mend
 
 
 class Stop(StopSignals):
-    """At the first signal the children save and end, at the second they are killed."""
+    """At the first signal the children save and end, at the second they are killed, at the third we leave them."""
 
-    insisted = False
+    insisted = 0
 
     def _insist(self, number: int) -> None:
-        self.insisted = True
+        self.insisted += 1
 
     @property
     def count(self) -> int:
@@ -64,7 +65,7 @@ class Handed:
     since: float
     begun: bool  # it does not wait in a queue any more
     verdict: str | None = None  # why we have ended it: pruned or timeout
-    told: float = 0.0  # when it was told to end
+    told: float | None = None  # when it was told to end: train.py takes a second time for an order to die
 
 
 class Tally:
@@ -140,11 +141,13 @@ class Study:
         self._stop = Stop()
         self._running: dict[Path, Handed] = {}
         self._elsewhere: dict[Path, Child] = {}
+        self._left: set[Path] = set()  # those that were elsewhere at some time
         self._occupied: set[Path] = set()  # those of them that take a slot
         self._again: deque[Child] = deque()
-        self._tries: dict[Path, int] = {}
-        self._ending: str | None = None  # why no more children are started
-        self._answered = 0  # signals that the children have been told of
+        self._tries: dict[Path, int] = {}  # attempts of ours
+        self._closed: str | None = None  # why no more children are started
+        self._ending: str | None = None  # why all of them were told to end
+        self._killed = self._is_known = False
         self._looked = 0.0
         self._began = time.monotonic()
 
@@ -164,19 +167,31 @@ class Study:
                         view.show(self._snapshot())
                     time.sleep(POLL_SECONDS)
         finally:
-            for path in self._running:  # an error of ours: nothing may go on without a search that knows of it
-                with contextlib.suppress(Exception):
-                    self._launcher.cancel(path)
+            self._abandon()
         self.tally.summarise()
         done = self.tally.number("done", "skipped", "pruned")
         if done == self._trials.total:
             return OK
+        how_far = f"after {done} of {self._trials.total} children"
+        way = "the same command"
+        if self._rules.rerun in ("all", "stale"):
+            way += f" without --rerun {self._rules.rerun}"
         if self._stop.count:
-            raise self._stop.error(f"after {done} of {self._trials.total} children")
-        if self._ending and self._ending != FAILED_FAST:
-            line = f"stopped after {done} of {self._trials.total} children: {self._ending}"
-            raise RunError(f"{line}; the same command goes on from there", "preempted", TEMPORARY)
+            raise self._stop.error(how_far, way)
+        if (why := self._closed) and why != FAILED_FAST:
+            raise RunError(f"stopped {how_far}: {why}; {way} goes on from there", "preempted", TEMPORARY)
         return FAILED
+
+    def _abandon(self) -> None:
+        """After an error of ours: nothing may go on without a search that knows of it."""
+        with contextlib.suppress(Exception):
+            deadline = time.monotonic() + LEAVE_SECONDS
+            for handed in self._running.values():
+                self._tell(handed)
+            while self._running and time.monotonic() < deadline and self._stop.count < 3:
+                for path in self._launcher.poll():
+                    del self._running[path]
+                time.sleep(POLL_SECONDS)
 
     def _step(self) -> bool:
         """Does what there is to do now; tells whether anything is left."""
@@ -189,52 +204,61 @@ class Study:
             handed = self._running.pop(path)
             self._settle(handed.child, *self._judge(handed, status))
         # What has ended may be tried again, or make room for what depends on it.
-        return bool(self._running or ended or more or (self._elsewhere and self._ending is None))
+        return bool(self._running or ended or more or (self._elsewhere and self._closed is None))
 
     # --- starting -----------------------------------------------------------------------------------------
 
     def _heed(self) -> None:
-        """Looks for reasons to end, and tells the children of signals."""
+        """Looks for reasons to start no more, or to end all."""
         rules = self._rules
         if self._ending is None:
             if self._stop.count:
-                self._ending = "a signal"
+                self._end_all("a signal", "saving and ending (a second signal kills)")
             elif rules.timeout is not None and time.monotonic() - self._began > rules.timeout:
                 self._end_all("the time of --timeout is over")
-            elif rules.stop_file is not None and rules.stop_file.exists():
-                self._ending = f"{rules.stop_file} is there (remove it to go on)"
-                log.warning("%s: no new trials; those that run go on to their end", self._ending)
-        if self._answered < self._stop.count:
-            self._answered = self._stop.count
-            what = "killed" if self._answered > 1 else "saving and ending (a second signal kills)"
-            log.warning("no new trials; %s: %s", what, ", ".join(path.name for path in self._running) or "none runs")
+            elif self._closed is None and rules.stop_file is not None and rules.stop_file.exists():
+                self._closed = f"{rules.stop_file} is there (remove it to go on)"
+                log.warning("%s: no new trials; those that run go on to their end", self._closed)
+        if self._stop.count > 1 and not self._killed:
+            self._killed = True
+            log.warning("killed: %s", self._names())
             for path in self._running:
-                self._launcher.cancel(path, force=self._answered > 1)
+                self._launcher.cancel(path, force=True)
+        if self._stop.count > 2:
+            raise self._stop.error(f"without waiting for {self._names()}, which may still run")
 
-    def _end_all(self, why: str) -> None:
-        self._ending = why
-        log.warning("%s: no new trials; saving and ending: %s", why, ", ".join(path.name for path in self._running))
-        for path in self._running:
-            self._launcher.cancel(path)
+    def _names(self) -> str:
+        return ", ".join(path.name for path in self._running) or "none runs"
+
+    def _end_all(self, why: str, what: str = "saving and ending") -> None:
+        self._ending = self._closed = why
+        log.warning("%s: no new trials; %s: %s", why, what, self._names())
+        for handed in self._running.values():
+            self._tell(handed)
+
+    def _tell(self, handed: Handed) -> None:
+        if handed.told is None:
+            handed.told = time.monotonic()
+            self._launcher.cancel(handed.child.dir)
 
     def _hand_out(self) -> bool:
         """Starts children while there is room; tells whether there may be more."""
         # Points that follow from results must not all be chosen before there are any.
         room = self._launcher.at_once if self._trials.learns else self._launcher.slots
-        while self._ending is None and len(self._running) + len(self._occupied) < room:
+        while self._closed is None and len(self._running) + len(self._occupied) < room:
             child = self._again.popleft() if self._again else self._trials.next()
             if child is None:
                 return False
             self._begin(child)
             if self._stop.count:
-                break
-        return self._ending is None
+                return False
+        return self._closed is None
 
     def _begin(self, child: Child) -> None:
         """Does with a child what its directory asks for."""
-        first = child.dir not in self._tries
-        tried = self._tries.setdefault(child.dir, 0)
-        outlook = child.outlook(self._rules.rerun if first else "failed")
+        tries = self._tries.get(child.dir, 0)
+        # What we have begun goes on; what others have begun is left as they leave it.
+        outlook = child.outlook("failed" if tries else "none" if child.dir in self._left else self._rules.rerun)
         if outlook.action == "skip":
             self._skip(child, outlook)
         elif self._launcher.adopt(child.dir):
@@ -242,12 +266,16 @@ class Study:
         elif outlook.action == "wait":
             self._leave(child)
         else:
+            self._tries[child.dir] = tries + 1
             try:
                 if outlook.anew:
                     Experiment(child.dir).clear()
                 write([child])
-                child.run_before = child.read_run()
-                self._tries[child.dir] = tried + 1
+            except RunError as error:  # a full disk, say: no other try mends that
+                self._count(child, "failed", f"{child.dir.name} failed: {error}")
+                return
+            child.run_before = child.read_run()
+            try:
                 self._launcher.submit(child.dir)
                 self._running[child.dir] = Handed(child, time.monotonic(), begun=not self._launcher.queues)
             except (OSError, RunError) as error:
@@ -255,8 +283,10 @@ class Study:
 
     def _skip(self, child: Child, outlook: Outlook) -> None:
         if outlook.state == "failed":
-            line = f"{child.dir.name} failed in an earlier search ({child.read_run().get('reason')})"
-            self.tally.add(child, "failed", f"{line}; --rerun failed tries it again")
+            before = "elsewhere" if child.dir in self._left else "in an earlier search"
+            reason = child.read_run().get("reason", UNREADABLE)
+            line = f"{child.dir.name} failed {before} ({reason}); --rerun failed tries it again"
+            self.tally.add(child, "failed", line)
             self._trials.ended(child, "failed")
         else:
             outcome = "pruned" if outlook.state == "pruned" else "skipped"
@@ -268,6 +298,7 @@ class Study:
     def _leave(self, child: Child) -> None:
         """Waits for a child that another process trains; on this machine it takes a slot."""
         self._elsewhere[child.dir] = child
+        self._left.add(child.dir)
         attempt = (child.read_run().get("attempts") or [{}])[-1]
         gpu = attempt.get("environment", {}).get("CUDA_VISIBLE_DEVICES")
         if attempt.get("host") == platform.node() and self._launcher.occupy(child.dir, gpu):
@@ -289,23 +320,32 @@ class Study:
     # --- watching and ending ------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        """Ends children that are to be pruned, take too long or print without end."""
+        """Ends children that are to be pruned, take too long, print without end, or do not end when told to."""
         now, limit = time.monotonic(), self._rules.trial_timeout
         for handed in self._running.values():
             if not handed.begun:
                 handed.begun = handed.child.read_run().get("attempts") != handed.child.run_before.get("attempts")
                 handed.since = now
-            if _has_flooded(handed.child) or (handed.verdict and now - handed.told > GRACE_SECONDS):
+            if _has_flooded(handed.child) or (handed.told is not None and now - handed.told > GRACE_SECONDS):
                 self._launcher.cancel(handed.child.dir, force=True)
-            elif limit is not None and handed.verdict is None and now - handed.since > limit:
+            elif limit is not None and handed.told is None and now - handed.since > limit:
                 self._condemn(handed, "timeout")
-        watched = {handed.child.dir: handed for handed in self._running.values() if handed.verdict is None}
+        watched = {handed.child.dir: handed for handed in self._running.values() if handed.told is None}
+        self._look_for_metric([handed.child for handed in watched.values()])
         for child in self._trials.watch([handed.child for handed in watched.values()]):
             self._condemn(watched[child.dir], "pruned")
 
+    def _look_for_metric(self, running: Sequence[Child]) -> None:
+        """Ends the search after the first epoch of any child if that has no such metric as is sought."""
+        for child in running if not self._is_known else ():
+            if child.run_before.get("epoch") or not (best := child.read_run().get("best")):
+                continue
+            score_of(child, self._objective, {"best": best})
+            self._is_known = True
+
     def _condemn(self, handed: Handed, verdict: str) -> None:
-        handed.verdict, handed.told = verdict, time.monotonic()
-        self._launcher.cancel(handed.child.dir)
+        handed.verdict = verdict
+        self._tell(handed)
 
     def _judge(self, handed: Handed, status: int) -> tuple[str, str]:
         """Returns the outcome of an attempt that has ended and a line about it; the directory's word counts most."""
@@ -324,7 +364,7 @@ class Study:
         reason = run.get("reason") if run != child.run_before else None  # else it is an earlier attempt's
         if status == TEMPORARY and reason is None:
             return "elsewhere", f"{name} is running elsewhere"
-        if self._ending is not None or (reason and run.get("status") == "interrupted"):
+        if handed.told is not None or (reason and run.get("status") == "interrupted"):
             return "interrupted", f"{name} is interrupted after epoch {epoch}"
         if _has_flooded(child):
             reason = f"console.log is larger than {MAX_CONSOLE_BYTES} bytes; remove it"
@@ -333,14 +373,16 @@ class Study:
 
     def _settle(self, child: Child, outcome: str, line: str) -> None:
         """Counts what has become of a child, unless it is to be tried again."""
-        tries, reason = self._tries[child.dir], child.read_run().get("reason")
+        tries, reason = self._tries.get(child.dir, 0), child.read_run().get("reason")
         if outcome == "elsewhere":
             self._leave(child)
-            return
-        if outcome == "failed" and self._ending is None and tries <= self._rules.retry and reason not in FINAL:
+        elif outcome == "failed" and self._closed is None and tries <= self._rules.retry and reason not in FINAL:
             log.warning("%s; tried again (%d of %d)", line, tries, self._rules.retry)
             self._again.append(child)
-            return
+        else:
+            self._count(child, outcome, line)
+
+    def _count(self, child: Child, outcome: str, line: str) -> None:
         self.tally.add(child, outcome, line)
         if outcome != "interrupted":
             self._trials.ended(child, outcome)
@@ -362,7 +404,9 @@ class Study:
 
 def status_of(children: Sequence[Child], total: int, search: Search, title: str) -> Snapshot:
     """Returns how far a search is, from its directories alone."""
-    metric, tally, running = search.objective.metric, Tally(Fixed(children), search), []
+    metric, tally = search.objective.metric, Tally(Fixed(children), search)
+    running: list[Running] = []
+    seconds: list[float] = []
     counts = dict.fromkeys(("completed", "pruned", "failed"), 0)
     for child in children:
         outlook = child.outlook()
@@ -372,9 +416,10 @@ def status_of(children: Sequence[Child], total: int, search: Search, title: str)
             counts[outlook.state] += 1
             if outlook.state == "completed":
                 tally.add(child, "skipped", "", quiet=True)
+                if took := sum(attempt.get("seconds") or 0 for attempt in child.read_run().get("attempts", [])):
+                    seconds.append(took)
     waiting = total - sum(counts.values()) - len(running)
-    seconds = [sum(attempt.get("seconds", 0) for attempt in child.read_run().get("attempts", [])) for child in children]
-    left = estimate([some for some in seconds if some], waiting, running, len(running)) if running else None
+    left = estimate(seconds, waiting, running, len(running)) if running else None
     counts |= {"running": len(running), "waiting": waiting}
     return Snapshot(title, metric, counts, total, running, tally.best, left)
 

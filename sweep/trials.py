@@ -29,8 +29,12 @@ if TYPE_CHECKING:
 class Trials(Protocol):
     """What a search hands out."""
 
-    total: int  # children, those that are not known yet among them
     learns: bool  # from results: so no more are to be handed out than run
+
+    @property
+    def total(self) -> int:
+        """Children in all, those that are not known yet among them."""
+        ...
 
     def next(self) -> Child | None:
         """Returns the next child to look at; None if there is none now."""
@@ -73,6 +77,7 @@ class _Trial:
     waiting: deque[Child]
     scores: list[float] = field(default_factory=list)
     num_ended: int = 0
+    num_dropped: int = 0  # other seeds of a point that was pruned
 
 
 class Adaptive:
@@ -95,15 +100,20 @@ class Adaptive:
         self._known = deque(sorted(tuner.asked, key=lambda asked: not any(map(is_elsewhere, self._children(asked)))))
         self._ready: deque[Child] = deque()
         self._shown: dict[Path, int] = {}  # bytes of the journal that the tuner has seen
-        self.total = most_children(search)
+        self._most = most_children(search)
         self._exhausted = False
+
+    @property
+    def total(self) -> int:
+        known = sum(len(trial.children) - trial.num_dropped for trial in self._trials.values())
+        num_seeds = self._planner.search.num_seeds
+        return known if self._exhausted else known + max(0, self._most - num_seeds * len(self._trials))
 
     def next(self) -> Child | None:
         while not self._ready and not self._exhausted:
             asked = self._known.popleft() if self._known else self._tuner.ask()
             if asked is None:
                 self._exhausted = True
-                self.total = sum(len(trial.children) for trial in self._trials.values())
                 break
             children = self._children(asked)
             trial = _Trial(children, deque(children))
@@ -139,10 +149,14 @@ class Adaptive:
         complete = content[: content.rfind(b"\n") + 1]
         self._shown[path] = seen + len(complete)
         for line in complete.splitlines():
-            record = json.loads(line)
-            value = record["val"].get(self._objective.metric.removeprefix("val."))
+            value = None
+            with contextlib.suppress(
+                ValueError, KeyError, TypeError, AttributeError
+            ):  # train.py will say what is wrong
+                record = json.loads(line)
+                epoch, value = int(record["epoch"]), record["val"].get(self._objective.metric.removeprefix("val."))
             # What comes after the decision, as the run goes on until it has heard of it, decides nothing.
-            if value is not None and self._tuner.report(child.trial, record["epoch"], value):
+            if isinstance(value, float) and self._tuner.report(child.trial, epoch, value):
                 return True
         return False
 
@@ -154,8 +168,7 @@ class Adaptive:
         if outcome in ("done", "skipped"):
             trial.scores.append(score_of(child, self._objective))
         if outcome == "pruned" or (outcome == "failed" and self._prunes and child is trial.children[0]):
-            self.total -= len(trial.waiting)
-            trial.num_ended += len(trial.waiting)
+            trial.num_dropped = len(trial.waiting)
             trial.waiting.clear()
         self._release(trial)
         if outcome in ("pruned", "failed"):

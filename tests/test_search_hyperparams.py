@@ -246,6 +246,40 @@ def test_the_status_is_told_from_another_terminal(
     assert process.poll() is None
 
 
+def test_the_status_is_of_the_search_as_it_was_called(tmp_path: Path) -> None:
+    parent = make(tmp_path, {"alpha": [0.1, 0.2]})
+    assert search(parent, "--overrides", "seed=3", "temperature=2", "--max_trials", "1").returncode == 0
+    shown = search(parent, "--status")
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.splitlines()[1:3] == ["1 of 1 children have ended", "1 completed"]
+    make(parent, {"alpha": [0.1, 0.2]}, PARAMS | {"num_epochs": 2, "seed": 5})
+    assert search(parent, "--status").returncode == 0  # it looks, and judges nothing
+
+
+def test_a_dry_run_refuses_what_the_search_would_refuse_below_its_table(tmp_path: Path) -> None:
+    parent = make(tmp_path, {"alpha": [0.1, 1.5]})
+    done = search(parent, "--dry_run")
+    assert done.returncode == 2
+    assert "| alpha_1.5 " in done.stdout
+    assert done.stderr == f"{parent}/alpha_1.5/params.json: loss.alpha: 1.5 is above 1\n"
+    parent = make(tmp_path, {"alpha": [0.1]})
+    assert search(parent).returncode == 0
+    make(tmp_path, {"alpha": [0.1]}, PARAMS | {"seed": 5})
+    done = search(parent, "--dry_run")
+    assert done.returncode == 2
+    assert "refuse: seed: 'absent' -> 5; --force" in done.stdout
+
+
+def test_what_was_given_up_is_not_given_up_again_by_the_command_that_goes_on(
+    tmp_path: Path, started: Callable[..., subprocess.Popen[str]]
+) -> None:
+    parent = make(tmp_path, {"stub.do": ["sleep"]})
+    process = started(parent, "--rerun", "all")
+    wait_for((parent / "do_sleep/pid").exists)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=20)[1].endswith("the same command without --rerun all goes on from there\n")
+
+
 def test_two_searches_do_not_write_one_journal(tmp_path: Path, started: Callable[..., subprocess.Popen[str]]) -> None:
     space = {"alpha": {"low": 0.1, "high": 0.9}, "strategy": "random", "max_trials": 2}
     parent = make(tmp_path, space, PARAMS | {"stub": {"do": "sleep"}})

@@ -74,6 +74,13 @@ def test_an_override_of_what_is_varied_is_refused(make_parent: MakeParent) -> No
         plan(make_parent({"alpha": [0.1]}), ["loss.alpha=0.5"])
 
 
+@pytest.mark.parametrize("override", ["optimizer.weight_decay=0.5", 'optimizer={"name": "sgd"}', "optimizer.name=sgd"])
+def test_an_override_of_a_part_of_what_is_varied_is_refused_too(make_parent: MakeParent, override: str) -> None:
+    space = {"optimizer": [{"name": "adam"}, {"name": "sgd"}]}
+    with pytest.raises(RunError, match=r"--overrides: optimizer\S* is what .*search.json varies"):
+        plan(make_parent(space, optimizer={"name": "adam"}), [override])
+
+
 def test_without_params_the_parents_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"params.json: does not exist"):
         plan(tmp_path)
@@ -229,6 +236,22 @@ def test_changed_params_are_accepted_by_force_and_the_results_are_given_up(make_
     assert [child.outlook().text for child in children] == ["begin anew: seed: 'absent' -> 9", "run"]
 
 
+def test_the_table_says_what_would_be_refused(make_parent: MakeParent) -> None:
+    write(plan(make_parent({"alpha": [0.1, 0.2]})))
+    children = plan(make_parent({"alpha": [0.1, 0.2]}, seed=9), force=True)
+    put_run(children[0], status="completed", epoch=3)
+    assert "refuse: seed: 'absent' -> 9; --force" in table(children)
+    assert table(children).endswith("2 children: 0 to run, 0 completed, 2 refused")
+    assert "begin anew: seed: 'absent' -> 9" in table(children, force=True)
+
+
+def test_a_run_with_more_epochs_than_are_asked_for_is_told_apart(make_parent: MakeParent) -> None:
+    [child] = plan(make_parent({"alpha": [0.1]}))
+    write([child])
+    put_run(child, status="completed", epoch=5)
+    assert child.outlook().text == "skip: completed, with 5 epochs; 3 are asked for"
+
+
 def test_points_of_several_seeds_have_a_directory_for_each(make_parent: MakeParent) -> None:
     children = plan(make_parent({"alpha": [0.1, 0.2], "seeds": [3, 5]}))
     assert [child.dir.name for child in children] == [
@@ -259,12 +282,11 @@ def test_children_share_the_seed_unless_told_otherwise(make_parent: MakeParent) 
 
 def test_what_exists_was_checked_before_it_was_made(make_parent: MakeParent) -> None:
     """So that going on with a large search does not begin with checking all of it."""
-    children = plan(make_parent({"alpha": [1.5]}))
-    write(children)
-    check(children)
-    children[0].changes = "alpha: 1 -> 1.5"
-    with pytest.raises(RunError, match="above 1"):
-        check(children)
+    parent = make_parent({"alpha": [1.5]})
+    write(plan(parent))
+    check(plan(parent))
+    with pytest.raises(RunError, match="above 1"):  # as it would be written otherwise now
+        check(plan(make_parent({"alpha": [1.5]}, num_epochs=7)))
 
 
 # --- parents of the ancestor ----------------------------------------------------------------------------------

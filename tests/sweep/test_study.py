@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from filelock import FileLock
 from sweep import study
 from sweep.children import Child, Planner, write
 from sweep.launchers.local import Local
-from sweep.space import Search, grid
+from sweep.space import Objective, Search, grid
 from sweep.study import Handed, Rules, Study, Tally, status_of
 from sweep.trials import Fixed
 from sweep.view import View
@@ -290,3 +291,247 @@ def test_the_status_is_that_of_the_directories(make_parent: MakeParent) -> None:
     assert found.counts == {"completed": 1, "pruned": 0, "failed": 0, "running": 1, "waiting": 2}
     assert [(running.name, running.epoch, running.num_epochs) for running in found.running] == [("alpha_0.2", 1, 3)]
     assert found.best == "alpha_0.1: accuracy 0.5000 at epoch 1"
+
+
+# --- what goes wrong ------------------------------------------------------------------------------------------
+
+
+class Fake:
+    """A place with a queue of its own, in which nothing ends before the test says so."""
+
+    queues, place, slots, at_once = True, "nowhere", 100, 2
+
+    def __init__(self, queued: Sequence[Path] = ()) -> None:
+        self.submitted: list[Path] = []
+        self.cancelled: list[tuple[Path, bool]] = []
+        self.ends: dict[Path, int] = {}
+        self._queued = [*queued]
+
+    def submit(self, model_dir: Path) -> None:
+        self.submitted.append(model_dir)
+
+    def adopt(self, model_dir: Path) -> bool:
+        return model_dir in self._queued
+
+    def poll(self) -> dict[Path, int]:
+        ended, self.ends = self.ends, {}
+        return ended
+
+    def cancel(self, model_dir: Path, force: bool = False) -> None:
+        self.cancelled.append((model_dir, force))
+
+    def occupy(self, model_dir: Path, gpu: str | None) -> bool:
+        return False
+
+    def vacate(self, model_dir: Path) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def study_of(children: list[Child], launcher: Fake, learns: bool = False, **rules: Any) -> Study:
+    write(children)
+    trials = Fixed(children)
+    trials.learns = learns
+    return Study(trials, launcher, Rules(**rules), Search({}), "parent")
+
+
+@pytest.mark.parametrize(("learns", "number"), [(False, 4), (True, 2)])
+def test_a_queue_gets_all_at_once_unless_results_decide_what_is_next(
+    make_parent: MakeParent, lines: list[str], learns: bool, number: int
+) -> None:
+    launcher = Fake()
+    study_of(plan(make_parent({"alpha": [0.1, 0.2, 0.3, 0.4]})), launcher, learns)._step()
+    assert len(launcher.submitted) == number
+
+
+def test_what_an_earlier_search_has_queued_is_not_submitted_again(make_parent: MakeParent, lines: list[str]) -> None:
+    children = plan(make_parent({"alpha": [0.1, 0.2]}))
+    launcher = Fake(queued=[children[0].dir])
+    search = study_of(children, launcher)
+    assert search._step()
+    assert launcher.submitted == [children[1].dir]
+    assert children[0].dir in search._running
+
+
+def test_a_child_is_told_to_end_only_once_as_train_py_dies_at_the_second_time(
+    make_parent: MakeParent, lines: list[str]
+) -> None:
+    [child] = plan(make_parent({"alpha": [0.1]}))
+    launcher = Fake()
+    search = study_of([child], launcher)
+    search._step()
+    search._rules = Rules(timeout=1e-9, trial_timeout=1e-9)
+    search._step()
+    search._stop.received = signal.SIGINT
+    search._step()
+    assert launcher.cancelled == [(child.dir, False)]
+    search._stop.insisted = 1
+    search._step()
+    search._step()
+    assert launcher.cancelled == [(child.dir, False), (child.dir, True)]
+    search._stop.insisted = 2
+    with pytest.raises(RunError, match=r"without waiting for alpha_0.1, which may still run"):
+        search._step()
+
+
+def test_an_error_of_ours_leaves_nothing_running(
+    make_parent: MakeParent, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [child] = plan(make_parent({"alpha": [0.1]}))
+    launcher = Fake()
+    search = study_of([child], launcher)
+    monkeypatch.setattr(study, "LEAVE_SECONDS", 0.1)
+    monkeypatch.setattr(search, "_snapshot", lambda: 1 / 0)
+    view = View(enabled=False)
+    monkeypatch.setattr(view, "due", lambda: True)
+    with pytest.raises(ZeroDivisionError):
+        search.run(view)
+    assert launcher.cancelled == [(child.dir, False)]
+
+
+def test_what_has_finished_in_spite_of_a_verdict_is_done(make_parent: MakeParent, lines: list[str]) -> None:
+    [child] = plan(make_parent({"alpha": [0.1]}))
+    search = study_of([child], Fake())
+    put_run(child, status="completed", epoch=3, best={"accuracy": 0.5, "epoch": 1})
+    assert search._judge(Handed(child, 0.0, begun=True, verdict="pruned", told=0.0), 143)[0] == "done"
+
+
+def test_a_child_that_somebody_else_has_stopped_is_interrupted_and_not_failed(
+    make_parent: MakeParent, lines: list[str]
+) -> None:
+    [child] = plan(make_parent({"alpha": [0.1]}))
+    launcher = Fake()
+    search = study_of([child], launcher)
+    ended: list[str] = []
+    search._trials.ended = lambda child, outcome: ended.append(outcome)  # type: ignore[method-assign]
+    search._step()
+    put_run(child, status="interrupted", reason="signal", epoch=1)
+    launcher.ends = {child.dir: 143}
+    search._step()
+    assert search.tally.lines["interrupted"] == ["alpha_0.1 is interrupted after epoch 1"]
+    assert ended == []
+
+
+def test_a_child_that_is_ended_before_it_has_begun_stops_no_other(
+    make_parent: MakeParent, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children = plan(make_parent({"alpha": [0.1, 0.2]}))
+    launcher = Fake()
+    search = study_of(children, launcher)
+    search._step()
+    search._condemn(search._running[children[0].dir], "timeout")
+    launcher.ends = {children[0].dir: -15}
+    assert search._step()
+    assert search.tally.lines["failed"] == ["alpha_0.1 failed: longer than --trial_timeout, after epoch 0"]
+
+
+@pytest.mark.parametrize("rerun", ["all", "none"])
+def test_a_directory_that_cannot_be_prepared_is_a_failure_and_nothing_is_tried_again(
+    make_parent: MakeParent, lines: list[str], monkeypatch: pytest.MonkeyPatch, rerun: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise RunError("cannot write: No space left on device", "storage", 1)
+
+    children = plan(make_parent({"alpha": [0.1]}))
+    write(children)
+    put_run(children[0], status="completed" if rerun == "all" else "interrupted", epoch=3)
+    monkeypatch.setattr(study.Experiment, "clear", fail)
+    if rerun == "none":
+        monkeypatch.setattr(study, "write", fail)
+    assert run(children, rules=Rules(rerun=rerun, retry=3)) == 1
+    assert "0 done, 0 skipped, 1 failed, 0 not started" in lines
+
+
+def test_results_that_are_given_up_by_force_are_given_up_once(make_parent: MakeParent, lines: list[str]) -> None:
+    parent = make_parent({"stub.do": ["fail_once"]})
+    search(parent, retry=1)
+    make_parent({"stub.do": ["fail_once"]}, seed=9)
+    planner = Planner.read(parent, force=True)
+    children = planner.children(grid(planner.search))
+    assert children[0].changes
+    assert run(children, rules=Rules(retry=1)) == 0
+    assert num_attempts(children[0].dir) == 2
+
+
+def test_a_force_that_somebody_else_has_applied_is_not_applied_again(make_parent: MakeParent) -> None:
+    parent = make_parent({"alpha": [0.1]})
+    write(plan(parent))
+    make_parent({"alpha": [0.1]}, seed=9)
+    planner = Planner.read(parent, force=True)
+    [child] = planner.children(grid(planner.search))
+    put_run(child, status="interrupted", epoch=1)
+    assert child.outlook().anew
+    (child.dir / "params.json").write_text(json.dumps(child.params))
+    assert child.outlook().text == "resume at epoch 2"
+
+
+def test_what_does_not_end_when_the_time_is_over_is_killed(
+    make_parent: MakeParent, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "GRACE_SECONDS", 0.2)
+    began = time.monotonic()
+    with pytest.raises(RunError, match="--timeout"):
+        search(make_parent({"stub.do": ["stubborn"]}), timeout=0.5)
+    assert time.monotonic() - began < 30
+
+
+def test_a_stop_file_does_not_switch_the_time_limit_off(
+    make_parent: MakeParent, lines: list[str], tmp_path: Path
+) -> None:
+    parent = make_parent({"stub.do": ["sleep"]})
+    threading.Timer(0.3, (tmp_path / "stop").touch).start()
+    with pytest.raises(RunError, match="the time of --timeout is over"):
+        search(parent, timeout=1.0, stop_file=tmp_path / "stop")
+
+
+def test_a_child_that_has_failed_elsewhere_is_left_as_it_is(make_parent: MakeParent, lines: list[str]) -> None:
+    children = plan(make_parent({"alpha": [0.1]}))
+    write(children)
+    put_run(children[0], status="running", epoch=1)
+    lock = FileLock(children[0].dir / ".lock", thread_local=False)
+    lock.acquire()
+
+    def fail() -> None:
+        put_run(children[0], status="failed", reason="diverged", epoch=1)
+        lock.release()
+
+    threading.Timer(0.3, fail).start()
+    assert run(children) == 1
+    assert any("alpha_0.1 failed elsewhere (diverged)" in line for line in lines)
+    assert not (children[0].dir / "console.log").exists()
+
+
+def test_a_child_that_is_just_being_begun_elsewhere_is_waited_for(make_parent: MakeParent) -> None:
+    [child] = plan(make_parent({"alpha": [0.1]}))
+    write([child])
+    with FileLock(child.dir / ".lock"):  # it has no run.json yet
+        assert child.outlook().action == "wait"
+
+
+@pytest.mark.parametrize(
+    "run_json",
+    [
+        {"status": "interrupted", "epoch": None},
+        {"status": "interrupted", "epoch": "x"},
+        {"status": "completed", "epoch": 3, "best": [1]},
+        {"status": "running", "attempts": [5]},
+        {"status": ["x"]},
+        [],
+    ],
+)
+def test_an_odd_run_json_is_no_traceback(make_parent: MakeParent, lines: list[str], run_json: Any) -> None:
+    children = plan(make_parent({"alpha": [0.1]}))
+    write(children)
+    (children[0].dir / "run.json").write_text(json.dumps(run_json))
+    assert status_of(children, 1, Search({}), "parent").total == 1
+    assert children[0].outlook("failed").action == "start"
+    assert run(children, rules=Rules(rerun="failed")) == 0
+
+
+def test_a_metric_that_there_is_not_ends_the_search_after_one_epoch(make_parent: MakeParent, lines: list[str]) -> None:
+    parent = make_parent({"alpha": [0.5]}, num_epochs=1000, stub={"do": "epochs", "seconds": 0.05})
+    search = Search({}, objective=Objective("val.f1"))
+    children = plan(parent)
+    with pytest.raises(RunError, match=r"has no val.f1; it has val.accuracy"):
+        run(children, search=search)
+    assert read(children[0].dir / "run.json")["status"] == "interrupted"

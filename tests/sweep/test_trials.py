@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from sweep.children import Child, Planner, write
 from sweep.launchers.local import Local
-from sweep.space import Search, Values
+from sweep.space import Search, Values, grid
 from sweep.study import Rules, Study
 from sweep.trials import Adaptive, Fixed, open_tuner, rehearse, warn_of_objective
 from sweep.view import View
@@ -87,6 +88,33 @@ def test_random_points_are_the_same_whatever_runs_beside_them(make_parent: MakeP
     assert [read(parent / f"alpha_{point['loss.alpha']}/params.json")["loss"]["alpha"] for point in expected] == [
         point["loss.alpha"] for point in expected
     ]
+
+
+def test_what_others_train_comes_first_so_that_its_gpu_is_known(make_parent: MakeParent) -> None:
+    planner = Planner.read(make_parent({"alpha": [0.1, 0.2, 0.3]}))
+    children = planner.children(grid(planner.search))
+    write(children)
+    with FileLock(children[2].dir / ".lock"):
+        trials = Fixed(children)
+    assert [trials.next(), trials.next(), trials.next()] == [children[2], children[0], children[1]]
+
+
+def test_a_journal_that_begins_anew_is_read_anew(make_parent: MakeParent) -> None:
+    planner = Planner.read(make_parent(PRUNED))
+    tuner = open_tuner(planner)
+    trials = Adaptive(tuner, planner)
+    child = trials.next()
+    assert child is not None
+    write([child])
+    seen = []
+    tuner.report = lambda number, epoch, value: seen.append(epoch)  # type: ignore[assignment, method-assign, func-returns-value]
+    for epochs in ([1, 2], [1], [1, 2, 3]):
+        lines = [json.dumps({"epoch": epoch, "val": {"accuracy": 0.5}}) + "\n" for epoch in epochs]
+        (child.dir / "metrics.jsonl").write_text("".join(lines))
+        trials.watch([child])
+        trials.watch([child])
+    assert seen == [1, 2, 1, 2, 3]
+    tuner.close()
 
 
 def test_a_rehearsal_of_tpe_shows_only_what_was_chosen(make_parent: MakeParent) -> None:
@@ -177,6 +205,37 @@ def test_with_seeds_the_first_is_judged_and_a_pruned_point_has_no_others(
     assert found.pop("alpha_0.1_seed_0") == "pruned"
     assert found == dict.fromkeys([f"alpha_{a}_seed_{s}" for a in (0.8, 0.9) for s in (0, 1)], "completed")
     assert "4 done, 0 skipped, 0 failed, 1 pruned, 0 not started" in lines
+
+
+def test_a_search_is_complete_though_some_points_have_been_pruned_with_their_seeds(
+    make_parent: MakeParent, lines: list[str]
+) -> None:
+    pruner = {"name": "median", "startup_trials": 1}
+    space = {"loss.alpha": [0.9, 0.1, 0.95], "seeds": [0, 1], "pruner": pruner}
+    parent = make_parent(space, num_epochs=30, stub={"do": "epochs", "seconds": 0.02})
+    assert run(parent) == 0
+    assert "4 done, 0 skipped, 0 failed, 1 pruned, 0 not started" in lines
+    assert run(parent) == 0
+
+
+def test_a_journal_of_a_run_that_cannot_be_read_is_no_business_of_the_search(make_parent: MakeParent) -> None:
+    planner = Planner.read(make_parent(PRUNED))
+    tuner = open_tuner(planner)
+    trials = Adaptive(tuner, planner)
+    child = trials.next()
+    assert child is not None
+    write([child])
+    for line in ("garbage", '{"epoch": 1}', '{"epoch": "x", "val": {}}', '{"epoch": 2, "val": {"accuracy": "high"}}'):
+        with (child.dir / "metrics.jsonl").open("a") as file:
+            file.write(line + "\n")
+        assert trials.watch([child]) == []
+    tuner.close()
+
+
+def test_fewer_points_than_were_chosen_already_are_no_fewer_points(make_parent: MakeParent, lines: list[str]) -> None:
+    run(make_parent({**RANDOM, "max_trials": 3}))
+    assert run(make_parent({**RANDOM, "max_trials": 2})) == 0
+    assert "0 done, 3 skipped, 0 failed, 0 not started" in lines
 
 
 def test_the_other_seeds_of_the_last_point_are_trained_too(make_parent: MakeParent, lines: list[str]) -> None:

@@ -399,10 +399,14 @@ def test_a_decision_stays_whoever_reads_the_run_again(tmp_path: Path) -> None:
         assert tuner.report(bad, 3, 2.0)  # it ran on until it heard of it
     before = (tmp_path / "optuna.journal").read_bytes()
     with tuner_of(tmp_path, search) as tuner:
-        assert [tuner.report(bad, epoch, 2.0) for epoch in range(1, 5)] == [False, True, True, True]
+        values = (0.0, 0.5, 2.0, 2.0)
+        assert [tuner.report(bad, *seen) for seen in enumerate(values, 1)] == [False, True, True, True]
         assert (tmp_path / "optuna.journal").read_bytes() == before
         tuner.tell(bad, "pruned")
-        assert [tuner.report(bad, epoch, 2.0) for epoch in range(1, 5)] == [False, True, True, True]
+        before = (tmp_path / "optuna.journal").read_bytes()
+        assert [tuner.report(bad, *seen) for seen in enumerate(values, 1)] == [False, True, True, True]
+        assert not any(tuner.report(good, epoch, 1) for epoch in range(1, 5))
+        assert (tmp_path / "optuna.journal").read_bytes() == before
     trial = read(tmp_path).trials[bad]
     assert (trial.state.name, trial.intermediate_values) == ("PRUNED", {1: 0.0, 2: 0.5})
 
@@ -468,6 +472,98 @@ def test_a_failed_run_that_is_run_again_goes_on_with_what_was_reported(tmp_path:
     assert read(tmp_path).trials[-1].intermediate_values == {1: 0.0, 2: 0.0}
 
 
+@pytest.mark.parametrize("end", [("completed", 1.0), ("failed", None), ("pruned", None)])
+def test_a_run_that_begins_anew_with_other_values_is_another_run(tmp_path: Path, end: tuple[str, float | None]) -> None:
+    search = make(pruner=Pruner("median", startup_trials=1))
+    with tuner_of(tmp_path, search) as tuner:
+        good, again, last = (tuner.ask().number for _ in range(3))
+        assert not any(tuner.report(good, epoch, 1.0) for epoch in range(1, 5))
+        tuner.tell(good, "completed", 1.0)
+        earlier = [2.0, 1.5, 0.0, 0.0] if end[0] != "pruned" else [0.0]
+        assert [tuner.report(again, *seen) for seen in enumerate(earlier, 1)][-1] == (end[0] == "pruned")
+        tuner.tell(again, *end)
+    with tuner_of(tmp_path, search) as tuner:
+        assert not tuner.report(again, 1, 4.0)
+        assert [asked.state for asked in tuner.asked] == ["completed", "open", "open"]
+        assert not any(tuner.report(again, epoch, 4.0) for epoch in range(2, 5))
+        tuner.tell(again, "completed", 4.0)
+    with tuner_of(tmp_path, search) as tuner:
+        assert tuner.report(last, 1, 2.4)  # the median of 1 and 4: the earlier run is not compared with
+    assert read(tmp_path).trials[-1].intermediate_values == dict.fromkeys(range(1, 5), 4.0)
+
+
+def test_a_run_that_was_set_back_keeps_the_epochs_before(tmp_path: Path) -> None:
+    search = make(pruner=MEDIAN)
+    with tuner_of(tmp_path, search) as tuner:
+        number = tuner.ask().number
+        for seen in ((1, math.nan), (2, 0.2), (3, 0.3), (1, math.nan), (2, 0.2), (3, 0.25)):
+            assert not tuner.report(number, *seen)
+    assert len(read(tmp_path).trials) == 2
+    assert repr(read(tmp_path).trials[-1].intermediate_values) == "{1: nan, 2: 0.2, 3: 0.25}"
+
+
+@pytest.mark.parametrize("pruner", [MEDIAN, Pruner("hyperband")])
+def test_more_epochs_go_on_with_the_search_and_with_its_runs(tmp_path: Path, pruner: Pruner) -> None:
+    search = make(pruner=pruner)
+    before = finish(tmp_path, search)
+    assert {asked.state for asked in before} == {"completed", "pruned"}
+    with tuner_of(tmp_path, search, num_epochs=9) as tuner:
+        assert tuner.asked == before
+        for asked in before:
+            answers = [tuner.report(asked.number, epoch, curve(asked.point, epoch)) for epoch in range(1, 5)]
+            assert any(answers) == (asked.state == "pruned")  # what was decided stays
+        assert tuner.asked == before
+        best = max(before, key=lambda asked: (asked.state == "completed", curve(asked.point, 5)))
+        assert not tuner.report(best.number, 5, 1e9)
+        assert tuner.asked[best.number].state == "open"
+        tuner.tell(best.number, "completed", 1e9)
+    newest = read(tmp_path).trials[-1]
+    assert list(newest.intermediate_values) == [1, 2, 3, 4, 5]
+    assert newest.value == 1e9
+
+
+def test_more_epochs_let_median_end_runs_in_what_was_the_last(tmp_path: Path) -> None:
+    search = make(pruner=Pruner("median", startup_trials=1, warmup_epochs=3))
+    for num_epochs in (4, 5):
+        with tuner_of(tmp_path, search, num_epochs) as tuner:
+            for value in (1.0, 0.0):
+                number = tuner.ask().number
+                answers = [tuner.report(number, epoch, value) for epoch in range(1, 5)]
+                assert answers == [False, False, False, num_epochs == 5 and value == 0.0]
+                tuner.tell(number, "completed", value)
+
+
+def test_hyperband_keeps_its_brackets_and_compares_on_after_more_epochs(tmp_path: Path) -> None:
+    """From 4 to 11 epochs with a factor of 3 there is one bracket: it compares after 4, then after 12, 36, ..."""
+    search = make(pruner=Pruner("hyperband", min_epochs=4), max_trials=40)
+    with tuner_of(tmp_path, search, num_epochs=11) as tuner:
+        number = tuner.ask().number
+        assert not any(tuner.report(number, epoch, 1.0) for epoch in range(1, 12))
+        tuner.tell(number, "completed", 1.0)
+    with tuner_of(tmp_path, search, num_epochs=36) as tuner:  # anew, there would be three brackets
+        assert not any(tuner.report(number, epoch, 1.0) for epoch in range(12, 37))
+        for value in range(0, -20, -1):
+            worse = tuner.ask().number
+            assert [tuner.report(worse, epoch, value) for epoch in range(1, 5)] == [False, False, False, True]
+            tuner.tell(worse, "pruned")
+        late = tuner.ask().number
+        assert not any(tuner.report(late, epoch, 2.0) for epoch in range(1, 12))
+        assert tuner.report(late, 12, 0.5)
+
+
+def test_hyperband_compares_a_run_that_goes_on_with_what_it_had_at_each_epoch(tmp_path: Path) -> None:
+    """One bracket, and comparisons after epochs 2 and 4."""
+    search = make(pruner=Pruner("hyperband", min_epochs=2, reduction_factor=2))
+    with tuner_of(tmp_path, search, num_epochs=3) as tuner:
+        number = tuner.ask().number
+        assert not any(tuner.report(number, epoch, float(epoch)) for epoch in range(1, 4))
+        tuner.tell(number, "failed")
+    with tuner_of(tmp_path, search, num_epochs=6) as tuner:
+        assert not tuner.report(number, 4, 4.0)
+    attributes = read(tmp_path).trials[-1].system_attrs
+    assert attributes == {"completed_rung_0": 2.0, "completed_rung_1": 4.0}
+
+
 # --- the journal ------------------------------------------------------------------------------------------
 
 CHANGES: dict[str, Callable[[Search], Search]] = {
@@ -482,7 +578,7 @@ CHANGES: dict[str, Callable[[Search], Search]] = {
     "strategy.seed: 0 -> 7": lambda s: replace(s, strategy=replace(TPE, seed=7)),
     "strategy.startup_trials: 4 -> 5": lambda s: replace(s, strategy=replace(TPE, startup_trials=5)),
     r"seeds: \[\] -> \[1, 2\]": lambda s: replace(s, seeds=(1, 2)),
-    'pruner: absent -> .*"median".*; num_epochs: absent -> 4': lambda s: replace(s, pruner=MEDIAN),
+    r'pruner: absent -> .*"median".*}\);': lambda s: replace(s, pruner=MEDIAN),
 }
 
 
@@ -516,16 +612,70 @@ def test_what_decides_no_point_may_change(tmp_path: Path) -> None:
     finish(tmp_path, make(max_trials=3))
     with tuner_of(tmp_path, make(max_trials=5, seeds=(1, 2)), num_epochs=9) as tuner:
         assert len(tuner.asked) == 3
-    finish(tmp_path / "pruned", make(pruner=MEDIAN))
-    with pytest.raises(RunError, match="num_epochs: 4 -> 9"):
-        Tuner(tmp_path / "pruned", make(pruner=MEDIAN), 9)
+    with tuner_of(tmp_path, make(max_trials=2)) as tuner:
+        assert len(tuner.asked) == 3  # they have directories
+        assert tuner.ask() is None
 
 
-def test_force_begins_anew_even_for_the_same_search(tmp_path: Path) -> None:
+def test_force_goes_on_with_the_same_search(tmp_path: Path) -> None:
     expected = finish(tmp_path, make(TPE))
-    with tuner_of(tmp_path, make(TPE), force=True) as tuner:
-        assert tuner.asked == []
+    before = (tmp_path / "optuna.journal").read_bytes()
+    for _ in range(2):
+        with tuner_of(tmp_path, make(TPE), force=True) as tuner:
+            assert tuner.asked == expected
+            assert tuner.ask() is None
+    assert (tmp_path / "optuna.journal").read_bytes() == before
+
+
+def test_force_goes_on_with_the_sequence_that_it_began(tmp_path: Path) -> None:
+    expected = finish(tmp_path / "alone", make(TPE))
+    finish(tmp_path, make(TPE, exclude=({"loss.name": "ce"},)))
+    for number in range(1, 4):
+        with tuner_of(tmp_path, make(TPE), force=True) as tuner:
+            train(tuner, tuner.ask())
+            assert tuner.asked == expected[:number]
     assert finish(tmp_path, make(TPE)) == expected  # nothing of the earlier study is left in the new one
+
+
+def test_messages_name_the_journal_that_is_shown(tmp_path: Path) -> None:
+    copied, journal = tmp_path / "copy", tmp_path / "own.journal"
+    finish(copied, make(max_trials=2))
+    with pytest.raises(RunError, match="is of another search") as caught:
+        Tuner(copied, make(TPE), 4, shown=journal)
+    assert str(caught.value).startswith(f"{journal} ")
+    (copied / "optuna.journal").write_bytes(b"rubbish\n")
+    with pytest.raises(RunError, match="is damaged") as caught:
+        Tuner(copied, make(TPE), 4, shown=journal)
+    assert str(caught.value).startswith(f"{journal} ")
+    assert str(copied) not in str(caught.value)
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_every_line_is_brought_to_the_disk_if_it_is_to_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr("os.fsync", lambda _: synced.append((tmp_path / "optuna.journal").stat().st_size))
+    with closing(Tuner(tmp_path, make(), 4, durable=durable)) as tuner:
+        asked = tuner.ask()
+        tuner.tell(asked.number, "completed", 0.5)
+    lines = (tmp_path / "optuna.journal").read_bytes().splitlines(keepends=True)
+    assert synced == (list(itertools.accumulate(map(len, lines))) if durable else [])
+
+
+def test_a_copy_made_while_a_line_is_written_is_read_up_to_that_line(tmp_path: Path) -> None:
+    copied = tmp_path / "copy/optuna.journal"
+    copied.parent.mkdir()
+    with tuner_of(tmp_path, make()) as writer:
+        tried = [writer.ask() for _ in range(3)]
+        content = (tmp_path / "optuna.journal").read_bytes()
+        for cut in range(1, len(content.splitlines(keepends=True)[-1])):
+            copied.write_bytes(content[:-cut])
+            with closing(Tuner(copied.parent, make(), 4, durable=False)) as reader:
+                assert reader.asked == tried[:2]
+                assert reader.ask() == tried[2]
+        assert writer.asked == tried
+    assert (tmp_path / "optuna.journal").read_bytes() == content
 
 
 def test_a_search_of_which_nothing_was_asked_yet_owns_no_journal(tmp_path: Path) -> None:
