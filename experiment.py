@@ -11,7 +11,8 @@
     metrics_val_{best,last}_weights.json
 
 Write order: journal, last.pth.tar, best.pth.tar, derived JSON. After a crash at any point the same command
-goes on from last.pth.tar, cuts the journal to the length that it records and restores what follows from it.
+goes on from last.pth.tar, cuts the journal to the length that it records and restores what follows from it. A removal
+of all this is announced in run.json, which goes last: who finds the announcement finishes the removal.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from utils import (
     link_file,
     read_json,
     storage_error,
+    sync_folder,
     write_json,
 )
 
@@ -80,8 +82,8 @@ WRITTEN = (  # in the order in which it is removed
     "*_temp*_*.txt",
     "curves.png",
     "events.out.tfevents.*",
-    "run.json",
 )
+REMOVED = "removed"  # the reason in run.json while these are removed; run.json itself goes last
 
 
 def read_status(model_dir: Path) -> str:
@@ -126,6 +128,7 @@ class Experiment:
         self._agree = agree
         self.last, self.prev, self.best_file = (self.dir / f"{name}.pth.tar" for name in ("last", "prev", "best"))
         self.journal = self.dir / "metrics.jsonl"
+        self._run_file = self.dir / "run.json"
         self.best: dict[str, Any] | None = None
         self.stop = StopSignals()
         self._saved = time.monotonic()
@@ -139,7 +142,8 @@ class Experiment:
         """Returns the checkpoints here, under the names that training writes, that are of no run of this directory."""
         present = [path for path in (self.last, self.best_file) if path.exists()]
         foreign = [path for path in present if is_foreign(path)]
-        if foreign or not present or (self.dir / "run.json").exists():
+        began = self._recorded().get("attempts", self._run_file.exists())  # a run may be marked before it has begun
+        if foreign or not present or began:
             return foreign
         try:
             load_checkpoint(self.last if self.last.exists() else self.prev)
@@ -154,10 +158,10 @@ class Experiment:
             RunError: The directory holds a run with other params.
         """
         run = self._read_run()
-        if not run:
+        if not run.get("params"):
             return False
         self._refuse_other_params(run, params)
-        if any(key in BY_CONTENT for key in differences(params.complete(run.get("params", {})), params.dict)):
+        if any(key in BY_CONTENT for key in differences(params.complete(run["params"]), params.dict)):
             return False  # whether it is the same in another place, an attempt finds out
         done = run.get("status") == "completed" and run.get("epoch", 0) >= params.num_epochs
         return done and self.best_file.exists()
@@ -195,7 +199,7 @@ class Experiment:
             for litter in self.dir.glob(".*.tmp"):
                 litter.unlink(missing_ok=True)
             self._keep_strangers(self.strangers(), allowed=restart or set_aside)
-            if restart:
+            if restart or self.is_being_removed():
                 self._remove_results()
             run = self._read_run()
             self._refuse_other_params(run, params)
@@ -221,7 +225,7 @@ class Experiment:
                 **{key: value for key, value in self._identity.items() if value is not None},
                 "attempts": [*run.get("attempts", [])[1 - MAX_ATTEMPTS :], started],
             }
-            write_json(self.dir / "run.json", self._run)
+            write_json(self._run_file, self._run)
             clock = self._saved = time.monotonic()
             try:
                 with self.stop:
@@ -259,7 +263,7 @@ class Experiment:
             link_file(self.last, self.best_file)
         self._write_metrics(val)
         self._run |= {"epoch": record["epoch"], "best": self.best, "progress": dict(progress)}
-        write_json(self.dir / "run.json", self._run)
+        write_json(self._run_file, self._run)
         self._scalars(record, progress)
         return is_best
 
@@ -304,31 +308,43 @@ class Experiment:
     def clear(self) -> None:
         """Removes what runs have written here, except logs; checkpoints that they have not written are kept aside."""
         with self._acquire():
-            present = [path for path in (self.last, self.best_file) if path.exists()]
-            self._keep_strangers([path for path in present if not has_trailer(path)], allowed=True)
-            self._remove_results()
+            self._clear()
+
+    def is_being_removed(self) -> bool:
+        """Tells whether a removal was cut off: what is left here counts no more, and who begins a run finishes it."""
+        return self._recorded().get("reason") == REMOVED
 
     def mark(self, status: str, reason: str | None = None) -> None:
         """Changes how the last attempt is recorded to have ended, for who has ended it and knows why.
 
-        Nothing is done where another process has the directory meanwhile.
+        It may have ended before there was a record. Nothing is done where another process has the directory meanwhile.
         """
         with contextlib.suppress(RunError), self._acquire():
-            run = self._read_run()
+            if self.is_being_removed():
+                self._clear()
+            run = {"epoch": 0, "attempts": [], **self._read_run(), "status": status, "reason": reason}
             run["attempts"][-1:] = [{**attempt, "status": status, "reason": reason} for attempt in run["attempts"][-1:]]
-            write_json(self.dir / "run.json", {**run, "status": status, "reason": reason})
+            write_json(self._run_file, run)
 
     # --- what stands behind them ---
 
+    def _clear(self) -> None:
+        present = [path for path in (self.last, self.best_file) if path.exists()]
+        self._keep_strangers([path for path in present if not has_trailer(path)], allowed=True)
+        self._remove_results()
+
     def _remove_results(self) -> None:
-        path = self.dir / "run.json"
-        if path.exists():  # it goes last, and until then it claims nothing: a crash must not leave a completed run
-            write_json(path, {"status": "interrupted", "reason": "removed", "epoch": 0})
+        # Until it is gone too, run.json claims nothing and says what is going on: a crash may come at any point.
+        write_json(self._run_file, {"status": "interrupted", "reason": REMOVED, "epoch": 0})
         for pattern in WRITTEN:
             for path in self.dir.glob(pattern):
                 path.unlink()
+        sync_folder(self.dir)
+        self._run_file.unlink()
 
     def _acquire(self) -> FileLock:
+        if not self.dir.is_dir():  # the lock would make it
+            raise RunError(f"{self.dir}: not a directory (any more)", "storage", FAILED)
         lock = FileLock(self.dir / ".lock", timeout=LOCK_SECONDS)
         try:
             lock.acquire()
@@ -341,20 +357,24 @@ class Experiment:
             raise storage_error(error, self.dir / ".lock") from error
         return lock
 
+    def _recorded(self) -> dict[str, Any]:
+        """Returns run.json as it is; nothing where there is none, or none that can be read."""
+        with contextlib.suppress(RunError):
+            return read_json(self._run_file)
+        return {}
+
     def _read_run(self) -> dict[str, Any]:
-        path = self.dir / "run.json"
-        run = read_json(path) if path.exists() else {}
+        run = read_json(self._run_file) if self._run_file.exists() else {}
         if not all(isinstance(run.get(key, empty), type(empty)) for key, empty in (("attempts", []), ("params", {}))):
-            raise RunError(
-                f"{path}: not of the shape that train.py writes; --restart begins anew", "checkpoint", FAILED
-            )
+            line = f"{self._run_file}: not of the shape that train.py writes; --restart begins anew"
+            raise RunError(line, "checkpoint", FAILED)
         return run
 
     def _refuse_other_params(self, old: Mapping[str, Any], params: Params) -> None:
         """Refuses params that differ from those of a run.json or a checkpoint, if any epoch stands behind it."""
-        if not old or not (old.get("epoch") or self.last.exists()):
+        if not old.get("params") or not (old.get("epoch") or self.last.exists()):
             return
-        found = differences(params.complete(old.get("params", {})), params.dict)
+        found = differences(params.complete(old["params"]), params.dict)
         changes = {key: change for key, change in found.items() if key not in MAY_CHANGE}
         if changes:
             listed = "; ".join(f"{key}: {change}" for key, change in changes.items())
@@ -451,7 +471,7 @@ class Experiment:
     def _refuse_if_taken_over(self) -> None:
         """A lock is no proof on a network disk: the record in the directory must still be ours."""
         try:
-            holder = read_json(self.dir / "run.json").get("run_id")
+            holder = read_json(self._run_file).get("run_id")
         except RunError as error:
             raise RunError(f"{error}: the directory has changed under this run", "storage", FAILED) from None
         if holder != self._run_id:
@@ -462,7 +482,7 @@ class Experiment:
         ended = {"status": status, "reason": reason, "to_epoch": self._run["epoch"], "seconds": round(seconds, 2)}
         self._run["attempts"][-1] |= ended
         self._run |= {"status": status, "reason": reason}
-        write_json(self.dir / "run.json", self._run)
+        write_json(self._run_file, self._run)
 
     def _scalars(self, record: Mapping[str, Any], progress: Mapping[str, float]) -> None:
         epoch = record["epoch"]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
+import os
 import shlex
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoint import load_checkpoint
+from checkpoint import has_trailer, load_checkpoint
 from experiment import KEPT, Experiment, read_status
 from utils import RunError, read_json
 
@@ -115,8 +120,57 @@ def find_weights(model_dir: Path, restore_file: str, restart: bool) -> Path | No
         return kept
     if not path.exists():
         return path
-    if path.name == "last.pth.tar" and not restart:
+    if restart:
+        what = "--restart removes it"
+    elif Experiment(model_dir).is_being_removed():
+        what = "it is being removed"
+    elif path.name == "last.pth.tar":
         return None
-    what = "--restart removes it" if restart else "a run goes on from its last epoch"
+    else:
+        what = "a run goes on from its last epoch"
     line = f"--restore_file {restore_file}: {path} is of the run in that directory, and {what}"
     raise RunError(f"{line}; copy it to another place and name that, or train in another directory")
+
+
+def changed_sources(run: Mapping[str, Any], params: Mapping[str, Any]) -> str:
+    """Tells which weights a run was taught by, or began with, that are not those that params now lead to.
+
+    It needs no torch and reads little, so that a search can ask it of each of its children.
+
+    Args:
+        run: Its run.json.
+        params: What is asked for, in sections.
+
+    Returns:
+        Such as `teacher.model_dir: other weights than it was trained with`; nothing where they are the same, or where
+        they cannot be read, which is not told here.
+    """
+    teacher, student = params.get("teacher"), params.get("student")
+    teacher = {"model_dir": teacher} if isinstance(teacher, str) else teacher or {}
+    init_from = student.get("init_from") if isinstance(student, Mapping) else None
+    changed = []
+    if run.get("teacher") and teacher.get("model_dir"):  # else the loss had no use for one
+        found = _sha(lambda: find_teacher(Path(teacher["model_dir"]), teacher.get("restore_file", "best")))
+        changed += ["teacher.model_dir"] if found not in (None, run["teacher"]) else []
+    found = _sha(lambda: find_initial(Path(init_from))) if init_from else ""
+    changed += ["student.init_from"] if found not in (None, run.get("init") or "") else []
+    return f"{' and '.join(changed)}: other weights than it was trained with" if changed else ""
+
+
+def _sha(find: Callable[[], Path]) -> str | None:
+    """Returns the SHA-256 of a checkpoint, as `load_checkpoint` does; None if there is none."""
+    with contextlib.suppress(OSError, RunError):
+        path = find()
+        if path.is_file():
+            stat = path.stat()
+            return _sha_of(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    return None
+
+
+@functools.cache
+def _sha_of(path: Path, *_: int) -> str:
+    with path.open("rb") as file:
+        if not has_trailer(path):
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(-32, os.SEEK_END)  # the trailer ends with it; whether the file is whole, who loads it finds out
+        return file.read().hex()

@@ -21,8 +21,8 @@ from typing import Any
 from tabulate import tabulate
 
 import utils
-from experiment import MAY_CHANGE, is_locked
-from sources import find_initial, find_teacher
+from experiment import MAY_CHANGE, REMOVED, is_locked
+from sources import changed_sources, find_initial, find_teacher
 from sweep.launchers import base
 from sweep.space import Point, Search, child_params, child_seed, name_points, show
 from utils import RunError, read_json
@@ -54,6 +54,7 @@ class Child:
     trial: int = 0  # the number of the point; children of several seeds share it
     is_written: bool = False  # its params.json says what the search asks for
     changes: str = ""  # how its params differ from those that it has been trained with
+    look: Callable[[Child], str] | None = None  # finds them out again
     run_before: dict[str, Any] = field(default_factory=dict)  # run.json as an earlier attempt has left it
 
     def read_run(self) -> dict[str, Any]:
@@ -91,9 +92,9 @@ class Child:
         if state == "running":
             state = "stale"
         epoch = run.get("epoch", 0)
-        if self.changes and self._is_adapted():
-            self.changes = ""
-        if state == "pending" or run.get("reason") == "removed":
+        if self.changes and self.look is not None:  # another search may have given the results up meanwhile
+            self.changes = self.look(self)
+        if state == "pending" or run.get("reason") == REMOVED:
             return Outlook("start", "pending", "run")
         if self.changes:
             return Outlook("start", state, f"begin anew: {self.changes}", anew=True)
@@ -113,12 +114,6 @@ class Child:
         if rerun == "stale" and state != "completed":
             return Outlook("start", state, f"begin anew: was {state} at epoch {epoch + 1}", anew=True)
         return Outlook("start", state, f"resume at epoch {epoch + 1}")
-
-    def _is_adapted(self) -> bool:
-        """Tells whether params.json has been changed to what is asked for, and so its old results are gone."""
-        with contextlib.suppress(RunError):
-            return read_json(self.dir / "params.json") == self.params
-        return False
 
     def score(self, metric: str, run: Mapping[str, Any] | None = None) -> float | None:
         """Returns a metric, such as `val.accuracy`, of the best weights; None where there is none."""
@@ -222,7 +217,7 @@ class Planner:
             child = Child(self.parent / name, point, self._params(point), trials[id(point)])
             children.append(child)
             if (child.dir / "params.json").exists():
-                child.changes = self._changes(child)
+                child.changes, child.look = self._changes(child), self._changes
             if child.changes and not self._force:
                 way = "remove that directory, undo the change, or give its results up by --force"
                 problems.append(f"{child.dir / 'params.json'} is not what the search asks for ({child.changes}); {way}")
@@ -237,15 +232,17 @@ class Planner:
         return params
 
     def _changes(self, child: Child) -> str:
-        """Returns how the params of an existing directory differ, but for what may; adopts what is the same."""
+        """Returns how an existing directory differs from what is asked for; adopts what is the same in other words."""
         present = read_json(child.dir / "params.json")
         child.is_written = present == child.params
-        if child.is_written:
-            return ""
-        found = utils.differences(self._as_sections(present), self._as_sections(child.params))
-        if not found:
-            child.params, child.is_written = present, True  # the same in other words may stay as it is
-        return "; ".join(f"{key}: {change}" for key, change in found.items() if key not in MAY_CHANGE)
+        if not child.is_written:
+            found = utils.differences(self._as_sections(present), self._as_sections(child.params))
+            if changes := "; ".join(f"{key}: {change}" for key, change in found.items() if key not in MAY_CHANGE):
+                return changes
+            if not found:
+                child.params, child.is_written = present, True
+        run = child.read_run()
+        return changed_sources(run, self._as_sections(child.params)) if run.get("epoch") else ""
 
 
 def table(children: Sequence[Child], rerun: str = "none", force: bool = False) -> str:

@@ -214,10 +214,12 @@ def warn_of_objective(search: Search) -> None:
 
 
 def open_tuner(planner: Planner, force: bool = False, folder: Path | None = None) -> Tuner:
-    """Returns the tuner of a search, with its journal in the parent or in another folder."""
+    """Returns the tuner of a search, with its journal in the parent, or with a copy in another folder."""
     from sweep.tuner import Tuner  # and with it Optuna, which a grid does not need
 
-    return Tuner(folder or planner.parent, planner.search, _most_epochs(planner), force=force)
+    shown, durable = planner.parent / JOURNAL, folder is None
+    where = folder or planner.parent
+    return Tuner(where, planner.search, _most_epochs(planner), force=force, shown=shown, durable=durable)
 
 
 def rehearse(planner: Planner, ahead: bool, force: bool = False) -> list[Point]:

@@ -14,6 +14,8 @@ What can be reproduced, with one version of Optuna:
 - With a pruner a run is compared with those that were there before it, so with several jobs the decisions depend on
   who was first. What was decided at an epoch stays. (One gap: if the coordinator is killed between Hyperband's
   comparison and the line with its answer, that run goes on to the next comparison.)
+
+A run may be run again, or go on, after its end: then the newest that is known of a point counts, and nothing else.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import itertools
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -92,24 +94,39 @@ class Tuner:
     Args:
         parent: The directory of the search, where the journal is or will be.
         search: What is searched, and how.
-        num_epochs: Of a run; none is ended early in its last one.
-        force: Begin a new sequence in the journal, also if it is another search's.
+        num_epochs: Of a run; none is ended early in its last one. It may change: Hyperband keeps the brackets that it
+            had when the sequence began, and compares on after as many epochs more as there are.
+        force: Begin a new sequence in the journal if it is another search's.
+        shown: The journal's path in messages, if it is a copy that the user does not know.
+        durable: Have every line on the disk before going on.
 
     Raises:
         RunError: The journal is damaged, cannot be written, or belongs to another search.
     """
 
-    def __init__(self, parent: Path, search: Search, num_epochs: int, *, force: bool = False) -> None:
+    def __init__(
+        self,
+        parent: Path,
+        search: Search,
+        num_epochs: int,
+        *,
+        force: bool = False,
+        shown: Path | None = None,
+        durable: bool = True,
+    ) -> None:
         self._search, self._num_epochs = search, num_epochs
         self._distributions = {key: _distribution(dimension) for key, dimension in search.space.items()}
-        pruner = _create_pruner(search.pruner, num_epochs)
-        self._journal = _Journal(parent / JOURNAL)
+        if search.pruner.name == "hyperband" and search.pruner.min_epochs > num_epochs:
+            raise RunError(f"pruner.min_epochs: {search.pruner.min_epochs} is above num_epochs, {num_epochs}", "params")
+        self._journal = _Journal(parent / JOURNAL, shown or parent / JOURNAL, durable)
         try:
-            self._study = self._open(pruner, force)
-            # The place of a point -> Optuna's number of what is known of it; a run that was run again has several.
+            self._storage = self._read()
+            self._study = self._open(force)
+            self._study.pruner = _create_pruner(search.pruner, self._study.user_attrs.get("num_epochs", num_epochs))
+            # The place of a point -> Optuna's id of what is known of it; a run that was run again has several.
             self._newest: dict[int, int] = {}
             for trial in self._study.get_trials(deepcopy=False):
-                self._newest[trial.user_attrs.get("number", -1)] = trial.number
+                self._note(trial.user_attrs.get("number", -1), trial._trial_id)
             if self._newest.keys() != set(range(len(self._newest))):
                 raise self._journal.damage("some of its points are missing")
             self._known = {canonical(asked.point) for asked in self.asked}
@@ -117,29 +134,31 @@ class Tuner:
             self.close()
             raise
 
-    def _open(self, pruner: BasePruner, force: bool) -> optuna.Study:
-        """Returns the newest study in the journal if it is of this search, or a new one."""
+    def _read(self) -> _Storage:
         try:
-            storage = JournalStorage(self._journal)
+            return _Storage(self._journal)
         except Exception as error:  # whatever Optuna makes of lines that it has not written so
             raise self._journal.damage(f"{type(error).__name__}: {error}") from error
-        identity = _identity(self._search, self._num_epochs)
+
+    def _open(self, force: bool) -> optuna.Study:
+        """Returns the newest study in the journal if it is of this search, or a new one."""
+        storage, identity = self._storage, _identity(self._search)
         direction = StudyDirection.MAXIMIZE if self._search.objective.mode == "max" else StudyDirection.MINIMIZE
         sampler = RandomSampler()  # of no use: points are drawn in studies that are made for it
         names = optuna.get_all_study_names(storage)
         if names:
-            study = optuna.load_study(study_name=names[-1], storage=storage, sampler=sampler, pruner=pruner)
+            study = optuna.load_study(study_name=names[-1], storage=storage, sampler=sampler)
             present, is_empty = study.user_attrs.get("search", {}), not study.get_trials(deepcopy=False)
-            if present == identity and (is_empty or not force):
+            if present == identity and not is_empty:
                 return study
             if not (is_empty or force):
                 raise self._other_search(present, identity)
         if not names or not is_empty or study.direction != direction:
             # Hyperband puts runs into brackets by the study's name, so that is the same in every parent.
             name = next(name for number in itertools.count(1) if (name := f"search-{number}") not in names)
-            study = optuna.create_study(
-                study_name=name, storage=storage, direction=direction, sampler=sampler, pruner=pruner
-            )
+            study = optuna.create_study(study_name=name, storage=storage, direction=direction, sampler=sampler)
+        if self._search.pruner.name == "hyperband":
+            study.set_user_attr("num_epochs", self._num_epochs)
         study.set_user_attr("search", identity)
         return study
 
@@ -151,7 +170,7 @@ class Tuner:
             if present.get(key) != wanted.get(key)
         )
         way = "undo the change; or --force begins a new sequence (directories stay)"
-        return RunError(f"{self._journal.path} is of another search ({changes}); {way}", "params")
+        return RunError(f"{self._journal.shown} is of another search ({changes}); {way}", "params")
 
     def close(self) -> None:
         self._journal.close()
@@ -164,11 +183,10 @@ class Tuner:
 
     def _trials(self) -> list[FrozenTrial]:
         """Returns what is known of each point, in their order."""
-        trials = self._study.get_trials(deepcopy=False)
-        return [trials[self._newest[number]] for number in range(len(self._newest))]
+        return [self._trial(number) for number in range(len(self._newest))]
 
     def _trial(self, number: int) -> FrozenTrial:
-        return self._study.get_trials(deepcopy=False)[self._newest[number]]
+        return self._storage.get_trial(self._newest[number])
 
     # --- points -------------------------------------------------------------------------------------------
 
@@ -273,6 +291,9 @@ class Tuner:
         """Takes note of the objective after an epoch; tells whether to end the run early.
 
         What was reported before, by an earlier coordinator too, changes nothing: what was decided then is the answer.
+        But another value for the same epoch tells that the run has begun anew, there or before: what was known of it
+        from that epoch on is forgotten, its result and what was decided too. An epoch more, after an end that was not
+        decided here, tells that it goes on: all that was reported of it stays, and its result is open again.
 
         Args:
             number: The point's.
@@ -280,21 +301,24 @@ class Tuner:
             value: The objective.
         """
         trial = self._trial(number)
-        decided = trial.user_attrs.get("pruned_at")
+        decided, values = trial.user_attrs.get("pruned_at"), trial.intermediate_values
+        if epoch in values and repr(values[epoch]) != repr(float(value)):  # as texts: in them NaN is NaN
+            trial = self._reopen(number, {before: values[before] for before in values if before < epoch})
+            decided = None
         if epoch not in trial.intermediate_values:
-            if trial.state == TrialState.FAIL:
-                trial = self._supersede(number, TrialState.RUNNING)  # it is run again
+            if trial.state.is_finished() and decided is None:
+                trial = self._reopen(number, values)
             if not trial.state.is_finished() and decided in (None, epoch):
                 running = Trial(self._study, trial._trial_id)
-                if epoch < self._num_epochs and self._is_hopeless(trial, epoch, value):
+                if epoch < self._num_epochs and self._is_hopeless(number, {**trial.intermediate_values, epoch: value}):
                     decided = epoch
                     running.set_user_attr("pruned_at", epoch)  # before the value: a kill in between loses nothing
                 running.report(value, epoch)
         return decided is not None and epoch >= decided
 
-    def _is_hopeless(self, trial: FrozenTrial, epoch: int, value: float) -> bool:
-        seen = copy.copy(trial)
-        seen.intermediate_values = {**trial.intermediate_values, epoch: value}
+    def _is_hopeless(self, number: int, values: dict[int, float]) -> bool:
+        seen = copy.copy(self._trial(number))
+        seen.intermediate_values = values
         return self._study.pruner.prune(self._study, seen)
 
     def tell(self, number: int, state: str, value: float | None = None) -> None:
@@ -306,30 +330,37 @@ class Tuner:
             value: The objective of a completed one.
         """
         trial, end = self._trial(number), ENDS[state]
-        if not trial.state.is_finished():
-            self._study.tell(trial.number, value, end)
-        elif trial.state != end or (end == TrialState.COMPLETE and trial.value != value):
-            self._supersede(number, end, value)
+        if trial.state.is_finished():
+            if trial.state == end and (end != TrialState.COMPLETE or trial.value == value):
+                return
+            trial = self._reopen(number, trial.intermediate_values, trial.user_attrs.get("pruned_at"))
+        self._study.tell(trial.number, value, end)
 
-    def _supersede(self, number: int, state: TrialState, value: float | None = None) -> FrozenTrial:
-        """Adds a trial in the place of one that has ended, which Optuna does not change any more."""
-        ended = self._trial(number)
+    def _reopen(self, number: int, values: dict[int, float], decided: int | None = None) -> FrozenTrial:
+        """Puts an open trial, of which this is known, in the place of one that Optuna does not change any more."""
+        earlier = self._trial(number)
+        attributes = {"number": number, "point": earlier.user_attrs["point"]}
         self._add(
             create_trial(
-                state=state,
-                value=value,
-                params=ended.params,
-                distributions=ended.distributions,
-                user_attrs=ended.user_attrs,
-                intermediate_values=ended.intermediate_values,
+                state=TrialState.RUNNING,
+                params=earlier.params,
+                distributions=earlier.distributions,
+                user_attrs=attributes if decided is None else {**attributes, "pruned_at": decided},
+                intermediate_values=values,
             )
         )
+        for epoch in sorted(values):  # so that Hyperband has it in its comparisons; the answers come too late
+            self._is_hopeless(number, {before: values[before] for before in values if before <= epoch})
         return self._trial(number)
 
     def _add(self, trial: FrozenTrial) -> None:
-        number = len(self._study.get_trials(deepcopy=False))
-        self._study.add_trial(trial)
-        self._newest[trial.user_attrs["number"]] = number
+        added = self._storage.create_new_trial(self._study._study_id, trial)  # add_trial does not tell the id
+        self._note(trial.user_attrs["number"], added)
+
+    def _note(self, number: int, trial_id: int) -> None:
+        if number in self._newest:
+            self._storage.superseded.add(self._newest[number])
+        self._newest[number] = trial_id
 
 
 def _seed(*numbers: int) -> int:
@@ -341,13 +372,11 @@ def _create_pruner(pruner: Pruner, num_epochs: int) -> BasePruner:
         # Optuna counts from 0, epochs begin with 1.
         return MedianPruner(n_startup_trials=pruner.startup_trials, n_warmup_steps=pruner.warmup_epochs + 1)
     if pruner.name == "hyperband":
-        if pruner.min_epochs > num_epochs:
-            raise RunError(f"pruner.min_epochs: {pruner.min_epochs} is above num_epochs, {num_epochs}", "params")
         return HyperbandPruner(pruner.min_epochs, num_epochs, pruner.reduction_factor)
     return NopPruner()
 
 
-def _identity(search: Search, num_epochs: int) -> dict[str, str]:
+def _identity(search: Search) -> dict[str, str]:
     """Returns what decides the sequence of points, as texts: in them 1 is not 1.0, and keys have an order."""
     strategy, pruner = search.strategy, search.pruner
     identity: dict[str, Any] = {
@@ -361,7 +390,6 @@ def _identity(search: Search, num_epochs: int) -> dict[str, str]:
         "strategy.startup_trials": strategy.startup_trials if strategy.name == "tpe" else None,
         "seeds": search.seeds if strategy.name == "tpe" or pruner.name != "none" else None,
         "pruner": None if pruner.name == "none" else asdict(pruner),
-        "num_epochs": None if pruner.name == "none" else num_epochs,
     }
     return {key: json.dumps(value) for key, value in identity.items() if value is not None}
 
@@ -430,8 +458,8 @@ class _Journal(BaseJournalBackend):
     over a line that a kill has cut off, to write the next one right behind it.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, shown: Path, durable: bool) -> None:
+        self._path, self.shown, self._durable = path, shown, durable
         try:
             content = path.read_bytes() if path.exists() else b""
             end = content.rfind(b"\n") + 1
@@ -440,7 +468,7 @@ class _Journal(BaseJournalBackend):
             if end < len(content):  # nothing has followed from what was not written to its end
                 self._file.truncate(end)
         except OSError as error:
-            raise storage_error(error, path) from error
+            raise storage_error(error, shown) from error
 
     def _read(self, line: bytes, number: int) -> dict[str, Any]:
         with contextlib.suppress(ValueError, RecursionError):
@@ -450,7 +478,7 @@ class _Journal(BaseJournalBackend):
 
     def damage(self, what: str) -> RunError:
         way = "restore it, or move it away: the search then begins a new sequence (directories stay)"
-        return RunError(f"{self.path} is damaged: {what}; {way}", "storage")
+        return RunError(f"{self.shown} is damaged: {what}; {way}", "storage")
 
     def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
         return self._lines[log_number_from:]
@@ -463,12 +491,27 @@ class _Journal(BaseJournalBackend):
             rest = content
             while rest:
                 rest = rest[self._file.write(rest) :]
-            os.fsync(self._file.fileno())
+            if self._durable:
+                os.fsync(self._file.fileno())
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._file.truncate(end)
-            raise storage_error(error, self.path, len(content)) from error
+            raise storage_error(error, self._path, len(content)) from error
         self._lines += map(json.loads, lines)  # as a reader of the file has them
 
     def close(self) -> None:
         self._file.close()
+
+
+class _Storage(JournalStorage):
+    """Hides trials in whose place there is a newer one: pruners are not to compare with them."""
+
+    def __init__(self, journal: _Journal) -> None:
+        self.superseded: set[int] = set()
+        super().__init__(journal)
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        trials = super().get_all_trials(study_id, deepcopy, states)
+        return [trial for trial in trials if trial._trial_id not in self.superseded]

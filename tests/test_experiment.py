@@ -8,11 +8,13 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ import train
 import utils
 from checkpoint import load_checkpoint
 from experiment import Experiment, is_locked, read_status
+from report.collect import collect
 from utils import Params, RunError
 
 STATE = {"epoch": 3, "step": 0, "net": {"section": {"name": "tiny"}}, "state_dict": {"weight": torch.arange(300.0)}}
@@ -214,8 +217,8 @@ def test_a_teacher_that_was_replaced_is_refused_on_resume(script: Script, make_e
 DURABLE = ("open", "fsync", "replace", "rename", "link", "unlink", "truncate")
 
 
-def trained_in_a_fork(folder: Path, kill_at: int) -> bool:
-    """Trains in a forked process that kills itself (SIGKILL) before its n-th durable system call.
+def done_in_a_fork(folder: Path, kill_at: int, work: Callable[[], object]) -> bool:
+    """Works on a folder in a forked process that kills itself (SIGKILL) before its n-th durable system call.
 
     Returns:
         Whether it came to its end instead.
@@ -238,7 +241,7 @@ def trained_in_a_fork(folder: Path, kill_at: int) -> bool:
 
             for name in DURABLE:  # pathlib calls these through the os module
                 setattr(os, name, counted(getattr(os, name)))
-            train_quietly(folder)
+            work()
         except BaseException:
             os._exit(1)
         os._exit(0)
@@ -247,8 +250,12 @@ def trained_in_a_fork(folder: Path, kill_at: int) -> bool:
     return status == 0
 
 
-def train_quietly(folder: Path) -> None:
-    sys.argv = ["train.py", "--model_dir", str(folder), "--quiet"]
+def trained_in_a_fork(folder: Path, kill_at: int) -> bool:
+    return done_in_a_fork(folder, kill_at, lambda: train_quietly(folder))
+
+
+def train_quietly(folder: Path, *options: str) -> None:
+    sys.argv = ["train.py", "--model_dir", str(folder), "--quiet", *options]
     assert train.main() == 0
 
 
@@ -270,9 +277,43 @@ def test_a_kill_before_any_durable_call_loses_nothing(script: Script, make_exper
     assert kills > 50  # else the calls were not intercepted
 
 
+@pytest.mark.parametrize("seed", [1, 2], ids=["same params", "other params"])
+@pytest.mark.parametrize("restart", [False, True], ids=["cleared", "restarted"])
+def test_a_removal_that_is_killed_anywhere_is_finished_by_who_trains_next(
+    script: Script, make_experiment: Make, restart: bool, seed: int
+) -> None:
+    changes: dict[str, Any] = {"dataset": {"train_size": 64, "augmentation": "none"}}
+    used, whole = make_experiment("used", **changes), make_experiment("whole", **changes, seed=seed)
+    for folder in (used, whole):
+        assert script(train, "--model_dir", folder).status == 0
+    scores = ("metrics_test_best_weights.json", "calibration_val_best.json")
+    for name in scores:
+        (used / name).write_text("{}")
+    halves = 0
+    for kill_at in range(1, 100):
+        cut = used.with_name(f"cut_{kill_at}")
+        shutil.copytree(used, cut)
+        clear = Experiment(cut).clear
+        ended = done_in_a_fork(cut, kill_at, partial(train_quietly, cut, "--restart") if restart else clear)
+        if ended or read_status(cut) == "stale":
+            break  # the removal is over
+        if attempts_in(cut):
+            assert snapshot(cut).items() >= snapshot(used).items(), "nothing goes before run.json says so"
+            continue
+        assert read_status(cut) in ("interrupted", "pending")
+        halves += read_status(cut) == "interrupted"
+        shutil.copyfile(whole / "params.json", cut / "params.json")
+        assert script(train, "--model_dir", cut).status == 0, f"after a kill before call {kill_at}"
+        assert same_result(cut, whole)
+        assert attempts_in(cut) == 1
+        assert len(list(cut.glob("events.out.tfevents.*"))) == 1
+        assert not [name for name in scores if (cut / name).exists()]
+    assert halves > 8
+
+
 def attempts_in(folder: Path) -> int:
     path = folder / "run.json"
-    return len(utils.read_json(path)["attempts"]) if path.exists() else 0
+    return len(utils.read_json(path).get("attempts", [])) if path.exists() else 0
 
 
 @pytest.mark.parametrize("rounds", [2, pytest.param(25, marks=pytest.mark.slow)])
@@ -508,6 +549,89 @@ def test_a_clearing_that_is_killed_never_leaves_a_completed_run(
     Experiment(folder).clear()
     assert set(seen) == {"interrupted"}
     assert len(seen) > 6
+
+
+@pytest.fixture
+def half_cleared(script: Script, make_experiment: Make, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Returns a trained directory whose removal was cut off when the journal had gone."""
+    folder, unlink = make_experiment("half_cleared"), Path.unlink
+    script(train, "--model_dir", folder)
+
+    def fail(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "last.pth.tar":
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", fail)
+        with pytest.raises(KeyboardInterrupt):
+            Experiment(folder).clear()
+    assert (folder / "last.pth.tar").exists()
+    return folder
+
+
+def test_a_removal_that_was_cut_off_may_be_begun_again(half_cleared: Path) -> None:
+    Experiment(half_cleared).clear()
+    assert sorted(path.name for path in half_cleared.iterdir()) == [".lock", "params.json", "train.log"]
+
+
+def test_weights_that_are_being_removed_are_not_gone_on_from(script: Script, half_cleared: Path) -> None:
+    ended = script(train, "--model_dir", half_cleared, "--restore_file", "last")
+    assert ended.status == 2
+    assert "it is being removed" in ended.err
+
+
+def test_a_checkpoint_put_into_a_directory_that_is_being_removed_is_not_trained_over(
+    script: Script, half_cleared: Path
+) -> None:
+    torch.save({"state_dict": {"weight": torch.zeros(2)}}, half_cleared / "best.pth.tar")
+    ended = script(train, "--model_dir", half_cleared)
+    assert ended.status == 2
+    assert "no run of this directory has written it" in ended.err
+    Experiment(half_cleared).mark("failed", "timeout")
+    assert (half_cleared / "kept_best.pth.tar").is_file()
+
+
+def test_a_run_that_ended_before_it_began_is_marked_too(
+    script: Script, half_done: tuple[Path, Path], half_cleared: Path, make_experiment: Make
+) -> None:
+    fresh, odd, (without_record, whole) = make_experiment("fresh"), make_experiment("odd"), half_done
+    (odd / "run.json").write_text('{"status": "running"}')
+    (without_record / "run.json").unlink()
+    for folder in (fresh, odd, half_cleared, without_record):
+        Experiment(folder).mark("failed", "timeout")
+        run = json.loads((folder / "run.json").read_text())
+        assert (read_status(folder), run["reason"], run["attempts"]) == ("failed", "timeout", [])
+        [row], problems = collect(folder)
+        assert (row.state, row.status, problems) == ("failed", "failed (timeout) at epoch 0 of ?", [])
+        ended = script(train, "--model_dir", folder)
+        assert ended.status == 0, ended
+        assert read_status(folder) == "completed"
+        assert attempts_in(folder) == 1
+    assert same_result(odd, fresh)
+    assert same_result(half_cleared, fresh)
+    assert same_result(without_record, whole)
+
+
+def test_a_mark_makes_no_checkpoint_a_runs_own(script: Script, make_experiment: Make) -> None:
+    folder, other = make_experiment("folder"), make_experiment("other")
+    script(train, "--model_dir", other)
+    shutil.copyfile(other / "best.pth.tar", folder / "best.pth.tar")
+    Experiment(folder).mark("failed", "timeout")
+    ended = script(train, "--model_dir", folder)
+    assert ended.status == 2
+    assert "no run of this directory has written it" in ended.err
+
+
+@pytest.mark.parametrize("content", ['{"attempts": 5}', "{", None])
+def test_what_cannot_be_marked_is_left_alone(make_experiment: Make, content: str | None) -> None:
+    folder = make_experiment()
+    if content is None:
+        shutil.rmtree(folder)
+    else:
+        (folder / "run.json").write_text(content)
+    Experiment(folder).mark("failed", "timeout")
+    assert not folder.exists() if content is None else (folder / "run.json").read_text() == content
 
 
 def test_who_has_ended_a_run_may_say_why(script: Script, half_done: tuple[Path, Path]) -> None:

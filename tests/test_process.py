@@ -43,6 +43,34 @@ def test_warnings_of_libraries_reach_the_log(tmp_path: Path, capsys: pytest.Capt
     assert "look here" in captured.err
 
 
+def test_a_full_disk_costs_the_log_file_and_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "train.log"
+    code = (
+        "import resource, process\n"
+        "from pathlib import Path\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))\n"
+        f"process.set_logger(Path({str(path)!r}))\n"
+        "for number in range(50): process.log.info('line %d', number)\n"
+        "process.set_logger()\n"
+        "process.log.info('the end')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [*(f"line {number}" for number in range(50)), "the end"]
+    assert done.stderr == f"cannot write {path}: File too large; going on without it\n"
+    assert path.stat().st_size == 300
+
+
+def test_a_line_that_cannot_be_formed_is_a_fault_of_the_program_and_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_logger(tmp_path / "log", quiet=True)
+    log.info("%d", "no number")
+    log.info("next")
+    assert "TypeError" in capsys.readouterr().err
+    assert (tmp_path / "log").read_text().endswith("next\n")
+
+
 def test_without_a_terminal_the_bar_is_silent_and_reads_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     bar = EpochBar("epoch 1/1", 3, 0, quiet=False)
     for done in range(3):

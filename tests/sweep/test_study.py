@@ -463,6 +463,7 @@ def test_a_force_that_somebody_else_has_applied_is_not_applied_again(make_parent
     assert child.outlook().anew
     (child.dir / "params.json").write_text(json.dumps(child.params))
     assert child.outlook().text == "resume at epoch 2"
+    assert child.changes == ""
 
 
 def test_what_does_not_end_when_the_time_is_over_is_killed(

@@ -117,6 +117,16 @@ def test_a_journal_that_begins_anew_is_read_anew(make_parent: MakeParent) -> Non
     tuner.close()
 
 
+def test_what_is_wrong_with_a_journal_is_told_of_the_journal_that_the_user_has(
+    make_parent: MakeParent, lines: list[str]
+) -> None:
+    run(make_parent(RANDOM))
+    parent = make_parent({**RANDOM, "loss.alpha": {"low": 0.2, "high": 0.9}})
+    with pytest.raises(RunError) as caught:
+        rehearse(Planner.read(parent), ahead=True)
+    assert str(caught.value).startswith(f"{parent / 'optuna.journal'} is of another search")
+
+
 def test_a_rehearsal_of_tpe_shows_only_what_was_chosen(make_parent: MakeParent) -> None:
     assert rehearse(Planner.read(make_parent({**RANDOM, "strategy": "tpe"})), ahead=True) == []
 

@@ -411,6 +411,19 @@ def test_a_decision_stays_whoever_reads_the_run_again(tmp_path: Path) -> None:
     assert (trial.state.name, trial.intermediate_values) == ("PRUNED", {1: 0.0, 2: 0.5})
 
 
+def test_a_decision_stays_when_the_result_is_another(tmp_path: Path) -> None:
+    """A run that is to be ended fails, is run again, and hears of it late. The one comparison is after epoch 2."""
+    with tuner_of(tmp_path, make(pruner=Pruner("hyperband", min_epochs=2))) as tuner:
+        good, bad = tuner.ask().number, tuner.ask().number
+        assert not any(tuner.report(good, epoch, 1.0) for epoch in range(1, 5))
+        for state in ("failed", "pruned"):
+            assert [tuner.report(bad, epoch, 0.0) for epoch in range(1, 5)] == [False, True, True, True]
+            tuner.tell(bad, state)
+            assert [tuner.report(bad, epoch, 0.0) for epoch in range(1, 5)] == [False, True, True, True]
+            assert tuner.asked[bad].state == state
+    assert [trial.system_attrs for trial in read(tmp_path).trials[bad:]] == [{"completed_rung_0": 0.0}] * 2
+
+
 def test_fewer_epochs_than_the_first_comparison_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"pruner.min_epochs: 5 is above num_epochs, 4"):
         Tuner(tmp_path, make(pruner=Pruner("hyperband", min_epochs=5)), 4)
@@ -496,7 +509,10 @@ def test_a_run_that_was_set_back_keeps_the_epochs_before(tmp_path: Path) -> None
     search = make(pruner=MEDIAN)
     with tuner_of(tmp_path, search) as tuner:
         number = tuner.ask().number
-        for seen in ((1, math.nan), (2, 0.2), (3, 0.3), (1, math.nan), (2, 0.2), (3, 0.25)):
+        for seen in ((1, math.nan), (2, 0.2), (3, 0.3), (1, math.nan)):
+            assert not tuner.report(number, *seen)
+        assert len(read(tmp_path).trials) == 1
+        for seen in ((2, 0.2), (3, 0.25)):
             assert not tuner.report(number, *seen)
     assert len(read(tmp_path).trials) == 2
     assert repr(read(tmp_path).trials[-1].intermediate_values) == "{1: nan, 2: 0.2, 3: 0.25}"
@@ -606,6 +622,20 @@ def test_the_order_of_the_options_and_whether_numbers_are_whole_belong_to_the_se
     for space in (dict(reversed(SPACE.items())), {**SPACE, "loss.temperature": Range(1.0, 20.0, log=True)}):
         with pytest.raises(RunError, match="is of another search"):
             Tuner(tmp_path, make(space=space, max_trials=1), 4)
+
+
+def test_hyperband_takes_the_epochs_there_are_when_the_first_point_is_asked(tmp_path: Path) -> None:
+    """With 4 epochs comparisons begin after 1 or 3, with 100 in some brackets later."""
+    search = make(pruner=Pruner("hyperband"), max_trials=40)
+    for num_epochs in (4, 100):
+        with tuner_of(tmp_path, search, num_epochs) as tuner:
+            if num_epochs == 100:
+                first: set[int | None] = set()
+                while (new := tuner.ask()) is not None:
+                    value = -float(new.number)
+                    answers = [tuner.report(new.number, epoch, value) for epoch in range(1, 100)]
+                    first.add(answers.index(True) + 1 if True in answers else None)
+    assert {1, 3, 9, 27} <= first
 
 
 def test_what_decides_no_point_may_change(tmp_path: Path) -> None:

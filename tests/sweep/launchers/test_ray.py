@@ -27,7 +27,7 @@ from sweep.launchers.local import Local
 from sweep.launchers.ray import Ray
 from utils import RunError
 
-EPOCHS = 50  # of a tenth of a second: longer than it takes a worker to find that its node has gone
+EPOCHS = 200  # the runs must last longer than it takes Ray to see that a node is gone
 
 
 # --- without Ray ------------------------------------------------------------------------------------------
