@@ -143,8 +143,9 @@ def in_state(parent: Path, state: str) -> list[Path]:
 
 def synthesize(parent: Path) -> bytes:
     """Writes a parent's tables and images; returns results.csv without the folder that the parent is in."""
-    run_script("synthesize_results.py", "--parent_dir", parent, "--plots", "--quiet")
-    return (parent / "results.csv").read_bytes().replace(f"{parent}/".encode(), b"")
+    shown = os.path.relpath(parent)  # the heat map names it, and is to be shown to others
+    run_script("synthesize_results.py", "--parent_dir", shown, "--plots", "--quiet")
+    return (parent / "results.csv").read_bytes().replace(f"{shown}/".encode(), b"")
 
 
 def attempts(parent: Path) -> str:
@@ -171,7 +172,7 @@ def compare(calm: Path, killed: Path, epochs: int) -> dict[str, bool]:
 
 def table(parent: Path) -> str:
     """Returns the table of results.md, without the parent in front of its children."""
-    lines = (parent / "results.md").read_text().replace(f"{parent}/", "").splitlines()
+    lines = (parent / "results.md").read_text().replace(f"{os.path.relpath(parent)}/", "").splitlines()
     rows = [re.sub(r" {2,}", " ", line) for line in lines if line.startswith("|")]  # no alignment is left
     return "\n".join(re.sub(r"-{3,}", "---", row) for row in rows)
 

@@ -97,7 +97,8 @@ class Adaptive:
         self._objective, self._prunes = search.objective, search.pruner.name != "none"
         self.learns = search.learns
         self._trials: dict[int, _Trial] = {}
-        self._known = deque(sorted(tuner.asked, key=lambda asked: not any(map(is_elsewhere, self._children(asked)))))
+        known = [self._children(asked) for asked in tuner.asked]
+        self._known = deque(sorted(known, key=lambda children: not any(map(is_elsewhere, children))))
         self._ready: deque[Child] = deque()
         self._shown: dict[Path, int] = {}  # bytes of the journal that the tuner has seen
         self._most = most_children(search)
@@ -111,13 +112,14 @@ class Adaptive:
 
     def next(self) -> Child | None:
         while not self._ready and not self._exhausted:
-            asked = self._known.popleft() if self._known else self._tuner.ask()
-            if asked is None:
+            if self._known:
+                children = self._known.popleft()
+            elif (asked := self._tuner.ask()) is not None:
+                children = self._children(asked)
+            else:
                 self._exhausted = True
                 break
-            children = self._children(asked)
-            trial = _Trial(children, deque(children))
-            self._trials[asked.number] = trial
+            trial = self._trials[children[0].trial] = _Trial(children, deque(children))
             self._release(trial)
         return self._ready.popleft() if self._ready else None
 
