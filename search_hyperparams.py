@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 import utils
 from process import log, provenance, run_main, set_logger
-from sweep.children import RERUN, Planner, check, check_sources, table, write
+from sweep.children import RERUN, Child, Planner, check, check_sources, table, write
 from sweep.launchers import LAUNCHERS, create_launcher
 from sweep.launchers.base import Launcher
 from sweep.space import cover, describe, grid
@@ -121,37 +121,72 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = {name: getattr(args, name) for name in ("strategy", "max_trials", "seeds")}
     looks_only = args.status or args.dry_run
     planner = Planner.read(args.parent_dir, args.overrides, as_sections, args.force or looks_only, **given)
-    search = planner.search
-    with contextlib.nullcontext() if looks_only else alone(planner):
-        points = rehearse(planner, ahead=not args.status, force=args.force) if search.needs_tuner else grid(search)
-        children = planner.children(points)
-        total = max(len(children), most_children(search))
-        if args.status:
-            print(text(status_of(children, total, search, str(args.parent_dir))))
-            return OK
-        if args.dry_run:
-            more = total - len(children)
-            later = [f"and {more} more, chosen as results come in"] if more else []
-            print("\n".join(describe(search)), table(children, args.rerun, args.force), *later, sep="\n\n")
-        unfinished = [child for child in children if child.outlook(args.rerun).action == "start"]
-        expected = len(unfinished) + total - len(children)
-        with contextlib.nullcontext() if args.dry_run else launched(args, expected) as launcher:
-            ends = cover(search) if search.strategy.name == "tpe" and not children else []
-            check([*children, *planner.children(ends)])
-            check_sources(unfinished, as_sections)
-            if launcher is None:
-                return USAGE if any(child.changes for child in children) and not args.force else OK
-            set_logger(args.parent_dir / "search_hyperparameters.log")
-            say_what_is_assumed(planner)
-            remember(args)
-            line = "Searching hyperparameters: %d of %d children to run, %d at a time on %s"
-            log.info(line, expected, total, launcher.at_once, launcher.place)
-            # Made at once, so that tables show them as pending.
-            write([child for child in unfinished if not child.changes])
-            trials = Adaptive(open_tuner(planner, args.force), planner) if search.needs_tuner else Fixed(children)
-            status = Study(trials, launcher, rules_of(args), search, str(args.parent_dir)).run(View())
+    if args.status:
+        return show_status(args, planner)
+    if args.dry_run:
+        return show_plan(args, planner)
+    with alone(planner):
+        return search(args, planner)
+
+
+def show_status(args: argparse.Namespace, planner: Planner) -> int:
+    children, total = plan(planner, ahead=False)
+    print(text(status_of(children, total, planner.search, str(args.parent_dir))))
+    return OK
+
+
+def show_plan(args: argparse.Namespace, planner: Planner) -> int:
+    children, total = plan(planner, force=args.force)
+    more = total - len(children)
+    later = [f"and {more} more, chosen as results come in"] if more else []
+    print("\n".join(describe(planner.search)), table(children, args.rerun, args.force), *later, sep="\n\n")
+    check_all(planner, children, to_run(children, args.rerun))
+    return USAGE if any(child.changes for child in children) and not args.force else OK
+
+
+def search(args: argparse.Namespace, planner: Planner) -> int:
+    """Checks everything, then makes the children and runs them."""
+    children, total = plan(planner, force=args.force)
+    unfinished = to_run(children, args.rerun)
+    expected = len(unfinished) + total - len(children)
+    with launched(args, expected) as launcher:
+        check_all(planner, children, unfinished)
+        set_logger(args.parent_dir / "search_hyperparameters.log")
+        say_what_is_assumed(planner)
+        remember(args)
+        line = "Searching hyperparameters: %d of %d children to run, %d at a time on %s"
+        log.info(line, expected, total, launcher.at_once, launcher.place)
+        write([child for child in unfinished if not child.changes])  # at once: tables show them as pending
+        needs_tuner = planner.search.needs_tuner
+        trials = Adaptive(open_tuner(planner, args.force), planner) if needs_tuner else Fixed(children)
+        rules = Rules(args.rerun, args.retry, args.fail_fast, args.timeout, args.trial_timeout, args.stop_file)
+        status = Study(trials, launcher, rules, planner.search, str(args.parent_dir)).run(View())
     log.info("python synthesize_results.py --parent_dir %s", shlex.quote(str(args.parent_dir)))
     return status
+
+
+def plan(planner: Planner, ahead: bool = True, force: bool = False) -> tuple[list[Child], int]:
+    """Returns the children that are known now, and how many there will be.
+
+    Args:
+        planner: Makes them.
+        ahead: Those, too, that are sure to come and have not been chosen yet.
+        force: As on the command line.
+    """
+    of_grid = not planner.search.needs_tuner
+    children = planner.children(grid(planner.search) if of_grid else rehearse(planner, ahead, force))
+    return children, max(len(children), most_children(planner.search))
+
+
+def to_run(children: Sequence[Child], rerun: str) -> list[Child]:
+    return [child for child in children if child.outlook(rerun).action == "start"]
+
+
+def check_all(planner: Planner, children: Sequence[Child], unfinished: Sequence[Child]) -> None:
+    """Raises if any child could not be run: for points that are not known yet, those at the ends of the space."""
+    ends = cover(planner.search) if planner.search.strategy.name == "tpe" and not children else []
+    check([*children, *planner.children(ends)])
+    check_sources(unfinished, planner.as_sections)
 
 
 def remember(args: argparse.Namespace) -> None:
@@ -183,11 +218,6 @@ def launched(args: argparse.Namespace, expected: int) -> Iterator[Launcher]:
     )
     with contextlib.closing(launcher):
         yield launcher
-
-
-def rules_of(args: argparse.Namespace) -> Rules:
-    """Returns what the command line says about trouble."""
-    return Rules(args.rerun, args.retry, args.fail_fast, args.timeout, args.trial_timeout, args.stop_file)
 
 
 def say_what_is_assumed(planner: Planner) -> None:

@@ -157,7 +157,7 @@ class Planner:
         force: bool = False,
     ) -> None:
         self.parent, self.search, self.reference = parent, search, reference
-        self._as_sections, self._force = as_sections, force
+        self.as_sections, self._force = as_sections, force
 
     @classmethod
     def read(
@@ -236,13 +236,13 @@ class Planner:
         present = read_json(child.dir / "params.json")
         child.is_written = present == child.params
         if not child.is_written:
-            found = utils.differences(self._as_sections(present), self._as_sections(child.params))
+            found = utils.differences(self.as_sections(present), self.as_sections(child.params))
             if changes := "; ".join(f"{key}: {change}" for key, change in found.items() if key not in MAY_CHANGE):
                 return changes
             if not found:
                 child.params, child.is_written = present, True
         run = child.read_run()
-        return changed_sources(run, self._as_sections(child.params)) if run.get("epoch") else ""
+        return changed_sources(run, self.as_sections(child.params)) if run.get("epoch") else ""
 
 
 def table(children: Sequence[Child], rerun: str = "none", force: bool = False) -> str:
