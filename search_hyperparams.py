@@ -184,9 +184,10 @@ def to_run(children: Sequence[Child], rerun: str) -> list[Child]:
 
 def check_all(planner: Planner, children: Sequence[Child], unfinished: Sequence[Child]) -> None:
     """Raises if any child could not be run: for points that are not known yet, those at the ends of the space."""
-    ends = cover(planner.search) if planner.search.strategy.name == "tpe" and not children else []
-    check([*children, *planner.children(ends)])
-    check_sources(unfinished, planner.as_sections)
+    is_open = planner.search.strategy.name == "tpe" and not children
+    ends = planner.children(cover(planner.search)) if is_open else []
+    check([*children, *ends])
+    check_sources([*unfinished, *ends], planner.as_sections)
 
 
 def remember(args: argparse.Namespace) -> None:

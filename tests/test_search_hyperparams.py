@@ -230,6 +230,16 @@ def test_the_ends_of_a_range_are_checked_before_tpe_begins(tmp_path: Path) -> No
     ]
 
 
+def test_a_missing_teacher_is_found_before_tpe_begins(tmp_path: Path) -> None:
+    space = {"alpha": {"low": 0.1, "high": 0.9}, "strategy": "tpe", "max_trials": 7}
+    parent = make(tmp_path, space, PARAMS | {"teacher": "nowhere"})
+    for arguments in ([], ["--dry_run"]):
+        done = search(parent, *arguments)
+        assert done.returncode == 2
+        assert done.stderr.startswith("teacher nowhere does not exist")
+    assert not list(tmp_path.glob("*/"))
+
+
 def test_the_status_is_told_from_another_terminal(
     tmp_path: Path, started: Callable[..., subprocess.Popen[str]]
 ) -> None:
