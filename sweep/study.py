@@ -262,6 +262,7 @@ class Study:
         if outlook.action == "skip":
             self._skip(child, outlook)
         elif self._launcher.adopt(child.dir):
+            self._tries[child.dir] = tries + 1
             self._running[child.dir] = Handed(child, time.monotonic(), begun=outlook.action == "wait")
         elif outlook.action == "wait":
             self._leave(child)

@@ -351,6 +351,10 @@ def test_what_an_earlier_search_has_queued_is_not_submitted_again(make_parent: M
     assert search._step()
     assert launcher.submitted == [children[1].dir]
     assert children[0].dir in search._running
+    launcher.ends = {children[0].dir: 1}
+    search._step()
+    assert launcher.submitted == [children[1].dir]  # it has failed, and no --retry was asked for
+    assert search.tally.number("failed") == 1
 
 
 def test_a_child_is_told_to_end_only_once_as_train_py_dies_at_the_second_time(
