@@ -12,6 +12,7 @@ import pytest
 from filelock import FileLock
 
 import search_hyperparams
+from checkpoint import load_checkpoint, save_checkpoint
 from model.legacy import as_sections
 from sweep import children as children_module
 from sweep.children import AsSections, Child, Planner, check, check_sources, table, write
@@ -250,6 +251,29 @@ def test_a_run_with_more_epochs_than_are_asked_for_is_told_apart(make_parent: Ma
     write([child])
     put_run(child, status="completed", epoch=5)
     assert child.outlook().text == "skip: completed, with 5 epochs; 3 are asked for"
+
+
+def test_results_of_another_teacher_are_not_taken_for_those_of_this_one(
+    make_parent: MakeParent, tmp_path: Path
+) -> None:
+    teachers = [tmp_path / name for name in ("first", "second")]
+    for width, teacher in enumerate(teachers):
+        teacher.mkdir()
+        (teacher / "params.json").write_text("{}")
+        save_checkpoint(teacher / "best.pth.tar", {"epoch": width, "net": {}, "state_dict": {}})
+    parent = make_parent({"alpha": [0.1]}, teacher={"model_dir": str(teachers[0])})
+    [child] = plan(parent)
+    write([child])
+    taught = load_checkpoint(teachers[0] / "best.pth.tar")[1]
+    put_run(child, status="completed", epoch=3, teacher=taught)
+    assert plan(parent)[0].outlook().text == "skip: completed"
+    make_parent({"alpha": [0.1]}, teacher={"model_dir": str(teachers[1])})
+    with pytest.raises(RunError, match=r"teacher.model_dir: other weights than it was trained with"):
+        plan(parent)
+    assert plan(parent, force=True)[0].outlook().anew
+    teachers[0].rename(tmp_path / "moved")
+    make_parent({"alpha": [0.1]}, teacher={"model_dir": str(tmp_path / "moved")})
+    assert plan(parent)[0].outlook().text == "skip: completed"  # the same in another place
 
 
 def test_points_of_several_seeds_have_a_directory_for_each(make_parent: MakeParent) -> None:
