@@ -26,7 +26,7 @@ from sweep.launchers import LAUNCHERS, create_launcher
 from sweep.launchers.base import Launcher
 from sweep.space import cover, describe, grid
 from sweep.study import Rules, Study, status_of
-from sweep.trials import Adaptive, Fixed, most_children, open_tuner, rehearse, warn_of_objective
+from sweep.trials import Adaptive, Fixed, Trials, most_children, open_tuner, rehearse, warn_of_objective
 from sweep.view import View, text
 from utils import OK, TEMPORARY, USAGE, RunError
 
@@ -149,7 +149,7 @@ def search(args: argparse.Namespace, planner: Planner) -> int:
     children, total = plan(planner, force=args.force)
     unfinished = to_run(children, args.rerun)
     expected = len(unfinished) + total - len(children)
-    with launched(args, expected) as launcher:
+    with launched(args, expected) as launcher, contextlib.ExitStack() as held:
         check_all(planner, children, unfinished)
         set_logger(args.parent_dir / "search_hyperparameters.log")
         say_what_is_assumed(planner)
@@ -157,8 +157,9 @@ def search(args: argparse.Namespace, planner: Planner) -> int:
         line = "Searching hyperparameters: %d of %d children to run, %d at a time on %s"
         log.info(line, expected, total, launcher.at_once, launcher.place)
         write([child for child in unfinished if not child.changes])  # at once: tables show them as pending
-        needs_tuner = planner.search.needs_tuner
-        trials = Adaptive(open_tuner(planner, args.force), planner) if needs_tuner else Fixed(children)
+        trials: Trials = Fixed(children)
+        if planner.search.needs_tuner:
+            trials = Adaptive(held.enter_context(contextlib.closing(open_tuner(planner, args.force))), planner)
         rules = Rules(args.rerun, args.retry, args.fail_fast, args.timeout, args.trial_timeout, args.stop_file)
         status = Study(trials, launcher, rules, planner.search, str(args.parent_dir)).run(View())
     log.info("python synthesize_results.py --parent_dir %s", shlex.quote(str(args.parent_dir)))

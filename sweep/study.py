@@ -25,6 +25,7 @@ from utils import FAILED, OK, TEMPORARY, RunError
 
 POLL_SECONDS = 0.1
 LOOK_SECONDS = 1.0  # between two looks at directories that are not ours to wait for
+QUEUE_SECONDS = 5.0  # between two looks at the directories of all that wait in a queue
 GRACE_SECONDS = 60.0  # for a child that was told to end, before it is killed
 LEAVE_SECONDS = 10.0  # for children to save when the search ends by an error
 MAX_CONSOLE_BYTES = 100_000_000  # a child that prints without end must not fill the disk of all the others
@@ -148,7 +149,7 @@ class Study:
         self._closed: str | None = None  # why no more children are started
         self._ending: str | None = None  # why all of them were told to end
         self._killed = self._is_known = False
-        self._looked = 0.0
+        self._looked = self._asked = 0.0
         self._began = time.monotonic()
 
     def run(self, view: View) -> int:
@@ -322,23 +323,37 @@ class Study:
 
     def _watch(self) -> None:
         """Ends children that are to be pruned, take too long, print without end, or do not end when told to."""
+        self._look_at_queue()
         now, limit = time.monotonic(), self._rules.trial_timeout
         for handed in self._running.values():
-            if not handed.begun:
-                handed.begun = handed.child.read_run().get("attempts") != handed.child.run_before.get("attempts")
-                handed.since = now
-            if _has_flooded(handed.child) or (handed.told is not None and now - handed.told > GRACE_SECONDS):
+            has_flooded = handed.begun and _has_flooded(handed.child)
+            if has_flooded or (handed.told is not None and now - handed.told > GRACE_SECONDS):
                 self._launcher.cancel(handed.child.dir, force=True)
-            elif limit is not None and handed.told is None and now - handed.since > limit:
+            elif limit is not None and handed.told is None and handed.begun and now - handed.since > limit:
                 self._condemn(handed, "timeout")
-        watched = {handed.child.dir: handed for handed in self._running.values() if handed.told is None}
+        watched = {handed.child.dir: handed for handed in self._begun() if handed.told is None}
         self._look_for_metric([handed.child for handed in watched.values()])
         for child in self._trials.watch([handed.child for handed in watched.values()]):
             self._condemn(watched[child.dir], "pruned")
 
+    def _begun(self) -> list[Handed]:
+        return [handed for handed in self._running.values() if handed.begun]
+
+    def _look_at_queue(self) -> None:
+        """Finds out which of the children that wait elsewhere have begun: seldom, as there may be thousands."""
+        now = time.monotonic()
+        if self._launcher.queues and now - self._asked > QUEUE_SECONDS:
+            self._asked = now
+            for handed in self._running.values():
+                if not handed.begun:
+                    before = handed.child.run_before.get("attempts")
+                    handed.begun, handed.since = handed.child.read_run().get("attempts") != before, now
+
     def _look_for_metric(self, running: Sequence[Child]) -> None:
         """Ends the search after the first epoch of any child if that has no such metric as is sought."""
-        for child in running if not self._is_known else ():
+        if self._is_known:
+            return
+        for child in running:
             if child.run_before.get("epoch") or not (best := child.read_run().get("best")):
                 continue
             score_of(child, self._objective, {"best": best})
@@ -392,13 +407,10 @@ class Study:
 
     def _snapshot(self) -> Snapshot:
         metric = self._objective.metric
-        begun = len(self._running) + len(self._elsewhere)
-        waiting = self._trials.total - self.tally.number(*self.tally.lines) - begun
-        counts = {**self.tally.counts(), "running": begun, "waiting": waiting}
-        running = [
-            read_running(child.dir, metric, len(child.run_before.get("attempts", [])))
-            for child in [handed.child for handed in self._running.values()] + list(self._elsewhere.values())
-        ]
+        begun = [*(handed.child for handed in self._begun()), *self._elsewhere.values()]
+        waiting = self._trials.total - self.tally.number(*self.tally.lines) - len(begun)
+        counts = {**self.tally.counts(), "running": len(begun), "waiting": waiting}
+        running = [read_running(child.dir, metric, len(child.run_before.get("attempts", []))) for child in begun]
         left = estimate(self.tally.seconds, waiting, running, self._launcher.at_once)
         return Snapshot(self._title, metric, counts, self._trials.total, running, self.tally.best, left)
 

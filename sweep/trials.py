@@ -152,9 +152,8 @@ class Adaptive:
         self._shown[path] = seen + len(complete)
         for line in complete.splitlines():
             value = None
-            with contextlib.suppress(
-                ValueError, KeyError, TypeError, AttributeError
-            ):  # train.py will say what is wrong
+            # What is wrong with a line train.py will say.
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
                 record = json.loads(line)
                 epoch, value = int(record["epoch"]), record["val"].get(self._objective.metric.removeprefix("val."))
             # What comes after the decision, as the run goes on until it has heard of it, decides nothing.

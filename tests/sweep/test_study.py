@@ -357,6 +357,29 @@ def test_what_an_earlier_search_has_queued_is_not_submitted_again(make_parent: M
     assert search.tally.number("failed") == 1
 
 
+def test_what_waits_in_a_queue_is_seldom_looked_at_and_its_time_has_not_begun(
+    make_parent: MakeParent, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [child] = plan(make_parent({"alpha": [0.1]}))
+    launcher = Fake()
+    search = study_of([child], launcher)
+    search._step()
+    looks: list[Path] = []
+    read_run = Child.read_run
+    monkeypatch.setattr(Child, "read_run", lambda child: looks.append(child.dir) or read_run(child))
+    search._rules = Rules(trial_timeout=1e-9)
+    for _ in range(5):
+        search._step()
+    assert looks == []
+    assert launcher.cancelled == []
+    assert search._snapshot().counts["waiting"] == 1
+    put_run(child, status="running", epoch=0, attempts=[{"pid": 1}])
+    monkeypatch.setattr(study, "QUEUE_SECONDS", 0.0)
+    for _ in range(3):
+        search._step()
+    assert launcher.cancelled == [(child.dir, False)]
+
+
 def test_a_child_is_told_to_end_only_once_as_train_py_dies_at_the_second_time(
     make_parent: MakeParent, lines: list[str]
 ) -> None:
@@ -364,6 +387,7 @@ def test_a_child_is_told_to_end_only_once_as_train_py_dies_at_the_second_time(
     launcher = Fake()
     search = study_of([child], launcher)
     search._step()
+    search._running[child.dir].begun = True
     search._rules = Rules(timeout=1e-9, trial_timeout=1e-9)
     search._step()
     search._stop.received = signal.SIGINT
