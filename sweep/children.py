@@ -38,7 +38,7 @@ AsSections = Callable[[Mapping[str, Any]], dict[str, Any]]
 class Outlook:
     """What a search does with a child, and why."""
 
-    action: str  # start, skip or wait
+    action: str  # start, skip or wait; in a table also refuse
     state: str  # of the directory, as read_status has it
     text: str
     anew: bool = False  # its earlier results are given up
