@@ -11,7 +11,7 @@ demo: export OMP_NUM_THREADS := 1
 test test-all: export OMP_NUM_THREADS := 1
 ON_ALL_CORES := -n auto --dist worksteal
 
-.PHONY: help setup demo test test-all lint format bench bench-seeds bench-speed bench-sweeps readme clean
+.PHONY: help setup demo test test-all lint format bench bench-seeds bench-speed bench-sweeps recipes readme clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -71,8 +71,11 @@ bench-sweeps: $(READY) ## searches (two hours of a quiet machine): make bench-sw
 	$(PY) benchmarks/sweep_kill.py $(WITH)
 	$(PY) benchmarks/sweep_tpe.py $(WITH)
 
-readme: $(READY) ## write the params.json reference in README.md anew
-	$(PY) tests/test_readme.py --write
+recipes: $(READY) ## write experiments/cifar100 anew, the benchmark of CIFAR-100
+	$(PY) benchmarks/cifar100_recipes.py
+
+readme: $(READY) ## write the params.json reference in README.md and the table in docs/methods.md anew
+	PYTHONPATH=. $(PY) tests/test_readme.py --write
 
 clean: ## remove .venv and caches, not results
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

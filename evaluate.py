@@ -24,15 +24,17 @@ from checkpoint import load_checkpoint
 from model import data, metrics, nets, parallel, schema
 from model.data.pipeline import Loader
 from model.devices import choose_device, choose_precision, place
-from model.engine import evaluate, probe
+from model.engine import evaluate, probe, probe_teacher
+from model.ensemble import Teacher, united
 from model.legacy import is_flat, net_record
-from model.losses import LOSSES
-from model.losses.base import Loss
+from model.losses import create_objective
+from model.losses.objective import Objective
 from model.outputs import Batch, Outputs
-from model.teacher import FrozenTeacher, create_teacher
+from model.teacher import create_teacher
 from process import log, run_main, set_logger
-from sources import load_teacher_checkpoint
-from utils import OK, Params, RunError, read_json, write_file, write_json
+from sources import AND, load_teacher_checkpoints
+from teaching import set_up
+from utils import OK, Params, RunError, read_json, teachers_of, write_file, write_json
 
 
 def parse_args() -> argparse.Namespace:
@@ -83,7 +85,7 @@ def open_split(
     for constant in ("mean", "std"):  # the net's own, whatever the images it is tried on
         if constant in constants and f"dataset.{constant}" not in given:
             params.dataset[constant] = constants[constant]
-    splits = data.create(params.dataset, seed=params.seed, device=device)
+    splits = data.create(params.dataset, seed=params.seed, device=device, unlabelled=params.unlabelled)
     state["net"] = net = state["net"] or net_record(state["params"], splits.facts())
     loader = {"test": splits.test, "val": splits.val, "train": splits.train}[args.split]
     if loader is None:
@@ -99,37 +101,43 @@ def open_split(
     return splits, loader
 
 
-def load_teacher(params: Params, student: dict[str, Any], sha: str | None) -> FrozenTeacher | None:
-    """Returns the experiment's teacher; None if it has none, or if it is no longer there.
+def load_teacher(params: Params, loss: Objective, student: dict[str, Any], sha: str | None) -> Teacher | None:
+    """Returns the experiment's teacher, or several together; None if it has none, or if one is no longer there.
 
     Args:
         params: The experiment's.
+        loss: What the teacher is for.
         student: The `net` record of the images that both will see.
-        sha: The SHA-256 of the teacher's checkpoint; None if it is not known, or if the loss used no teacher.
+        sha: The SHA-256 of the teacher's checkpoint, of several joined; None if it is not known, or if the loss used
+            no teacher.
     """
     if params.teacher is None:
         return None
-    teacher_dir = Path(params.teacher["model_dir"])
+    sections = [*teachers_of(params.teacher).values()]
     try:
-        state, found = load_teacher_checkpoint(teacher_dir, params.teacher["restore_file"])
+        states, found = load_teacher_checkpoints(sections)
         if sha not in (found, None):
-            raise RunError(f"{teacher_dir} has other weights than those that taught this run")
+            pairs = zip(sections, found.split(AND), sha.split(AND), strict=False)
+            others = [section["model_dir"] for section, now, before in pairs if now != before]
+            raise RunError(f"{' and '.join(others)} has other weights than those that taught this run")
     except RunError as error:
         log.warning("no comparison with the teacher: %s", error)
         return None
-    return create_teacher(state, params.teacher, student)
+    members = [create_teacher(state, section, student) for state, section in zip(states, sections, strict=True)]
+    return united(members, [section["weight"] for section in sections], params.combine_teachers, loss)
 
 
-def sizes(net: torch.nn.Module, teacher: FrozenTeacher | None, shape: tuple[int, ...]) -> dict[str, float]:
-    """Returns parameters, MACs and bytes of the net, and how many times smaller than the teacher it is."""
+def sizes(net: torch.nn.Module, teacher: Teacher | None, shape: tuple[int, ...]) -> dict[str, float]:
+    """Returns parameters, MACs and bytes of the net, and how many times smaller than its teachers together it is."""
     size: dict[str, float] = {
         "parameters": metrics.count_parameters(net),
         "macs": metrics.count_macs(net, shape),
         "weight_bytes": metrics.weight_bytes(net),
     }
     if teacher is not None:
-        size["compression_parameters"] = metrics.count_parameters(teacher.net) / size["parameters"]
-        size["compression_macs"] = metrics.count_macs(teacher.net, shape) / size["macs"]
+        theirs = [member.net for member in teacher.members]
+        size["compression_parameters"] = sum(map(metrics.count_parameters, theirs)) / size["parameters"]
+        size["compression_macs"] = sum(metrics.count_macs(each, shape) for each in theirs) / size["macs"]
     return size
 
 
@@ -184,22 +192,24 @@ def main() -> int:
     splits, loader = open_split(args, path, state, params, device)
     net = place(nets.restore(state, str(path)), device)
     shown = {**state["net"], "mean": list(splits.mean), "std": list(splits.std)}
-    teacher = load_teacher(params, shown, state.get("identity", {}).get("teacher"))
-    loss: Loss | None = LOSSES.create(params.loss)
-    if foreign or (loss is not None and loss.needs_teacher and teacher is None):
-        loss = None
+    objective = create_objective(params.loss, params.num_epochs)
+    teacher = load_teacher(params, objective, shown, state.get("identity", {}).get("teacher"))
+    loss = None if foreign or (objective.needs_teacher and teacher is None) else objective
     if loss is not None:
         name = params.student["name"]
-        taught = None if teacher is None else probe(teacher.net, teacher.name, splits.shape)
-        loss.attach(probe(net, name, splits.shape), taught)
+        taught = None if teacher is None else probe_teacher(teacher, splits.shape)
+        set_up(loss, probe(net, name, splits.shape), taught, splits, params.student, params.seed)
         loss.load_state_dict(state["loss_dict"])
+        loss.on_epoch(max(state["epoch"] - 1, 0))
         loss.to(device)
     size = sizes(net, teacher, splits.shape)
     if teacher is not None:
         teacher = place(teacher, device)
         if loss is None or loss.teacher_statistics == "running":
-            teacher = teacher.fast(precision, loss.needs if loss else frozenset({"logits"}), splits.shape)
-        teacher.precision = precision
+            needs = loss.teacher_needs if loss else frozenset({"logits"})
+            teacher = teacher.of([member.fast(precision, needs, splits.shape) for member in teacher.members])
+        for member in teacher.members:
+            member.precision = precision
 
     columns: dict[str, list[torch.Tensor]] = {"logits": [], "labels": [], "indices": [], "teacher_logits": []}
 

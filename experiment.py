@@ -22,6 +22,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import signal
 import time
 import uuid
@@ -65,6 +66,7 @@ MAY_CHANGE = (
     "compile",
 )
 BY_CONTENT = ("student.init_from", "teacher.model_dir")
+OF_SEVERAL = re.compile(r"(?<=^teacher\.)\d+\.")  # what the path of an option has more if there are several teachers
 CALLED = {  # in messages
     "init": "checkpoint of student.init_from or --restore_file",
     "answers": "part of the teacher's answers that is kept (teacher.top_k, with teacher.cache)",
@@ -84,6 +86,11 @@ WRITTEN = (  # in the order in which it is removed
     "events.out.tfevents.*",
 )
 REMOVED = "removed"  # the reason in run.json while these are removed; run.json itself goes last
+
+
+def may_change(key: str) -> bool:
+    """Tells whether an option, given by its path, may differ between the attempts of one run."""
+    return OF_SEVERAL.sub("", key) in MAY_CHANGE
 
 
 def read_status(model_dir: Path) -> str:
@@ -161,7 +168,8 @@ class Experiment:
         if not run.get("params"):
             return False
         self._refuse_other_params(run, params)
-        if any(key in BY_CONTENT for key in differences(params.complete(run["params"]), params.dict)):
+        found = differences(params.complete(run["params"]), params.dict)
+        if any(OF_SEVERAL.sub("", key) in BY_CONTENT for key in found):
             return False  # whether it is the same in another place, an attempt finds out
         done = run.get("status") == "completed" and run.get("epoch", 0) >= params.num_epochs
         return done and self.best_file.exists()
@@ -375,7 +383,7 @@ class Experiment:
         if not old.get("params") or not (old.get("epoch") or self.last.exists()):
             return
         found = differences(params.complete(old["params"]), params.dict)
-        changes = {key: change for key, change in found.items() if key not in MAY_CHANGE}
+        changes = {key: change for key, change in found.items() if not may_change(key)}
         if changes:
             listed = "; ".join(f"{key}: {change}" for key, change in changes.items())
             way = "--restart begins anew (and removes its results); or use another directory"

@@ -7,15 +7,16 @@ import functools
 import hashlib
 import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from checkpoint import has_trailer, load_checkpoint
 from experiment import KEPT, Experiment, read_status
-from utils import RunError, read_json
+from utils import RunError, read_json, teachers_of
 
 INITIAL = "student.init_from:"  # the role of initial weights in messages
+AND = "+"  # between the SHA-256 of several teachers
 
 
 def find_teacher(teacher_dir: Path, restore_file: str, role: str = "teacher") -> Path:
@@ -68,6 +69,16 @@ def load_teacher_checkpoint(teacher_dir: Path, restore_file: str, role: str = "t
     if state["net"] is None:
         state["params"] = read_json(teacher_dir / "params.json")
     return state, sha
+
+
+def load_teacher_checkpoints(sections: Iterable[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """Reads the checkpoints of the teachers that resolved `teacher` sections name: see `load_teacher_checkpoint`.
+
+    Returns:
+        Their states, and their SHA-256, joined.
+    """
+    found = [load_teacher_checkpoint(Path(section["model_dir"]), section["restore_file"]) for section in sections]
+    return [state for state, _ in found], AND.join(sha for _, sha in found)
 
 
 def load_initial(path: Path) -> tuple[dict[str, Any], str]:
@@ -145,13 +156,17 @@ def changed_sources(run: Mapping[str, Any], params: Mapping[str, Any]) -> str:
         Such as `teacher.model_dir: other weights than it was trained with`; nothing where they are the same, or where
         they cannot be read, which is not told here.
     """
-    teacher, student = params.get("teacher"), params.get("student")
-    teacher = {"model_dir": teacher} if isinstance(teacher, str) else teacher or {}
+    teachers, student = teachers_of(params.get("teacher")), params.get("student")
     init_from = student.get("init_from") if isinstance(student, Mapping) else None
     changed = []
-    if run.get("teacher") and teacher.get("model_dir"):  # else the loss had no use for one
-        found = _sha(lambda: find_teacher(Path(teacher["model_dir"]), teacher.get("restore_file", "best")))
-        changed += ["teacher.model_dir"] if found not in (None, run["teacher"]) else []
+    if run.get("teacher") and teachers:  # else the loss had no use for one
+        before = str(run["teacher"]).split(AND)
+        for (key, section), sha in zip(teachers.items(), before, strict=False):
+            if section.get("model_dir"):
+                where = Path(section["model_dir"]), section.get("restore_file", "best")
+                found = _sha(functools.partial(find_teacher, *where))
+                changed += [f"{key}.model_dir"] if found not in (None, sha) else []
+        changed += ["teacher"] if len(before) != len(teachers) else []
     found = _sha(lambda: find_initial(Path(init_from))) if init_from else ""
     changed += ["student.init_from"] if found not in (None, run.get("init") or "") else []
     return f"{' and '.join(changed)}: other weights than it was trained with" if changed else ""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Mapping
+import copy
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,13 @@ from model import data, parallel, schema, teacher_store
 from model.devices import choose_device, choose_precision, place
 from model.errors import InputError
 from model.legacy import net_record
-from model.losses import LOSSES
-from model.losses.base import Loss
+from model.losses import create_objective
 from model.teacher import FrozenTeacher, create_teacher, fingerprint_of
 from model.teacher_store import Column, top_k_error
 from process import log, run_main, set_logger
-from sources import load_teacher_checkpoint
+from sources import load_teacher_checkpoints
 from teaching import faster, fill, open_stores, root_of
-from utils import FAILED, OK, Params, RunError, apply_overrides, read_json
+from utils import FAILED, OK, Params, RunError, apply_overrides, read_json, teachers_of
 
 # What an answer may differ if it is computed again, in another batch or on another machine: see `difference`.
 TOLERATED = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 5e-2}
@@ -45,8 +46,8 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def read_directory(args: argparse.Namespace) -> tuple[Params, Mapping[str, Any], frozenset[str]]:
-    """Returns the params of a directory, its `teacher` section, and what is asked of that teacher.
+def read_directory(args: argparse.Namespace) -> tuple[Params, list[Mapping[str, Any]], frozenset[str]]:
+    """Returns the params of a directory, the sections of its teachers, and what is asked of these.
 
     A directory without a teacher is one: then its images are those of its own training, and options of the section,
     such as `teacher.cache_dir`, come from the overrides alone.
@@ -57,50 +58,58 @@ def read_directory(args: argparse.Namespace) -> tuple[Params, Mapping[str, Any],
     """
     about_teacher = [override for override in args.overrides if override.startswith("teacher.")]
     params = Params.load(args.dir, schema.resolve, [o for o in args.overrides if o not in about_teacher])
-    loss: Loss = LOSSES.create(params.loss)
+    loss = create_objective(params.loss, params.num_epochs)
     if params.teacher is None or not loss.needs_teacher or args.teacher:
         raw = {"teacher": {"model_dir": str(args.dir)}}
         needs = frozenset({"logits"})
     elif not loss.can_be_stored:
-        raise InputError(f"{args.dir}: loss {params.loss['name']!r} needs more of the teacher than can be stored")
+        names = " and ".join(repr(label) for label, part in loss.parts() if part.needs_teacher)
+        raise InputError(f"{args.dir}: loss {names} needs more of the teacher than can be stored")
     else:
-        raw, needs = {"teacher": dict(params.teacher)}, loss.needs
+        raw, needs = {"teacher": copy.deepcopy(params.teacher)}, loss.teacher_needs
     apply_overrides(raw, about_teacher)
-    section, problems = schema.resolve_teacher(raw["teacher"] | {"cache": "full"})
-    if problems or section is None:
+    asked = [{**section, "cache": "full"} for section in teachers_of(raw["teacher"]).values()]
+    teacher, problems = schema.resolve_teacher(asked)
+    if problems or teacher is None:
         raise InputError("; ".join(f"teacher.{key}: {text}" for key, text in problems))
-    return params, section, needs
+    return params, [*teachers_of(teacher).values()], needs
 
 
-def take_seat(
-    params: Params, section: Mapping[str, Any], needs: frozenset[str], device: torch.device
-) -> tuple[FrozenTeacher, data.Data]:
-    """Returns the teacher, with its stores, and the images of a run."""
-    state, _ = load_teacher_checkpoint(Path(section["model_dir"]), section["restore_file"])
+def take_seats(
+    params: Params, sections: Sequence[Mapping[str, Any]], needs: frozenset[str], device: torch.device
+) -> tuple[list[FrozenTeacher], data.Data]:
+    """Returns the teachers, with their stores, and the images of a run."""
+    states, _ = load_teacher_checkpoints(sections)
     splits = data.create(params.dataset, seed=params.seed, device=device)
-    teacher = place(create_teacher(state, section, splits.facts()), device)
-    precision = choose_precision(params.precision, device)
-    teacher, told = faster(teacher, splits, precision, needs, root_of(section))
-    for level, line in [*told, *open_stores(teacher, splits, section, needs, params.num_epochs)]:
-        log.log(level, "%s", line)
-    return teacher, splits
+    teachers = []
+    for state, section in zip(states, sections, strict=True):
+        teacher = place(create_teacher(state, section, splits.facts()), device)
+        precision = choose_precision(params.precision, device)
+        teacher, _, told = faster(teacher, splits, precision, needs, root_of(section))
+        for level, line in [told, *open_stores(teacher, splits, section, needs, params.num_epochs)]:
+            log.log(level, "%s", line)
+        teachers.append(teacher)
+    return teachers, splits
 
 
 def main() -> int:
     args = parse_args()
     set_logger()
     parallel.refuse_several("model.teacher_store")
-    params, section, needs = read_directory(args)
-    root = root_of(section)
-    if args.command == "status":
-        return status(root, fingerprints(Path(section["model_dir"])))
-    if args.command == "gc":
-        return gc(root, fingerprints(Path(section["model_dir"])), everything=args.all)
-    teacher, splits = take_seat(params, section, needs, choose_device(args.device))
-    if args.command == "fill":
-        log.info("%d answers computed", fill(teacher, splits, needs, params.num_epochs))
+    params, sections, needs = read_directory(args)
+    if args.command in ("status", "gc"):
+        # Several may share a folder: what is of use to one of them is of use.
+        current: dict[Path, set[str]] = {}
+        for section in sections:
+            current.setdefault(root_of(section), set()).update(fingerprints(Path(section["model_dir"])))
+        for root, found in current.items():
+            status(root, found) if args.command == "status" else gc(root, found, everything=args.all)
         return OK
-    return verify(teacher, splits, needs, args.fraction)
+    teachers, splits = take_seats(params, sections, needs, choose_device(args.device))
+    if args.command == "fill":
+        log.info("%d answers computed", sum(fill(teacher, splits, needs, params.num_epochs) for teacher in teachers))
+        return OK
+    return verify(teachers, splits, needs, args.fraction)
 
 
 def fingerprints(teacher_dir: Path) -> set[str]:
@@ -114,7 +123,7 @@ def fingerprints(teacher_dir: Path) -> set[str]:
     return found
 
 
-def status(root: Path, current: set[str]) -> int:
+def status(root: Path, current: set[str]) -> None:
     """Prints what there is: a line for each table."""
     rows = []
     for folder, found in teacher_store.stores_in(root):
@@ -137,10 +146,9 @@ def status(root: Path, current: set[str]) -> int:
         )
     else:
         print(f"{root} has no stored answers; train a student with teacher.cache, or: fill")
-    return OK
 
 
-def gc(root: Path, current: set[str], everything: bool) -> int:
+def gc(root: Path, current: set[str], everything: bool) -> None:
     """Removes the stores of weights that the teacher has no more."""
     if not current and not everything:
         raise RunError(f"no checkpoint beside {root} says which stores are of use; --all removes every one", "teacher")
@@ -155,15 +163,14 @@ def gc(root: Path, current: set[str], everything: bool) -> int:
             if everything or read_json(path).get("teacher") not in current:
                 path.unlink()
     log.info("%.3f GB freed", freed / 1e9)
-    return OK
 
 
-def verify(teacher: FrozenTeacher, splits: data.Data, needs: frozenset[str], fraction: float) -> int:
+def verify(teachers: Sequence[FrozenTeacher], splits: data.Data, needs: frozenset[str], fraction: float) -> int:
     """Computes a random part of the stored answers again and compares; says what keeping only some classes changes."""
     generator = torch.Generator()
     generator.seed()
     wrong = checked = 0
-    for loader in (splits.train, splits.val):
+    for teacher, loader in itertools.product(teachers, (splits.train, splits.val)):
         store = teacher.store_of(loader)
         if store is None or (loader is splits.val and loader.split is splits.train.split):
             continue

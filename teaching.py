@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model import data, parallel, teacher_store
+from model import data, nets, parallel, teacher_store
 from model.data.loader import Loader
 from model.devices import device_name
-from model.engine import evaluate
-from model.errors import DivergedError
-from model.losses.base import Loss
-from model.outputs import outputs_of
+from model.engine import Totals, correct, evaluate
+from model.ensemble import Teacher, TeacherEnsemble
+from model.errors import DivergedError, InputError
+from model.losses.objective import Objective
+from model.outputs import Probe, outputs_of
+from model.rng import derive_seed
 from model.teacher import FrozenTeacher
 from model.teacher_store import StoreFullError, TeacherStore
 from utils import FAILED, RunError, read_json, write_json
 
 TOLERANCE = 0.001  # of accuracy: what a fast teacher may differ from its original
+CHANCE, SMALL = 3, 0.02  # standard errors and accuracy: what a teacher may differ from what its own run reports
 
 Remark = tuple[int, str]  # a level of logging, and a line
 
@@ -39,22 +43,56 @@ def root_of(section: Mapping[str, Any]) -> Path:
     return Path(section["cache_dir"]) / f"{teacher_dir.name}-{teacher_store.digest({'of': str(teacher_dir.resolve())})}"
 
 
+def set_up(
+    loss: Objective,
+    student: Probe,
+    teacher: Probe | None,
+    splits: data.Data,
+    section: Mapping[str, Any],
+    seed: int,
+) -> None:
+    """Gives a run's objective all that it has besides its options: adapters, memories, and nets that learn beside.
+
+    Args:
+        loss: Changed in place.
+        student: As it begins.
+        teacher: If there is one.
+        splits: The run's data.
+        section: The resolved `student` section.
+        seed: The run's, from which all initial weights follow.
+
+    Raises:
+        InputError: The nets or the samples do not give what a loss needs.
+    """
+    alone = [label for label, part in loss.parts() if not part.processes]
+    if alone and parallel.size() > 1:
+        line = f"{' and '.join(alone)}: cannot be shared by {parallel.size()} processes"
+        raise InputError(f"loss {line}; start one, without torchrun", "usage")
+    torch.manual_seed(derive_seed(seed, "loss"))
+    loss.attach(student, teacher)
+    loss.enrol(splits.samples())
+    wanted = [(part, own) for _, part in loss.parts() for own in part.peer_sections]
+    for place, (part, own) in enumerate(wanted):
+        torch.manual_seed(derive_seed(seed, "peer", place))
+        part.peers.append(nets.create(own or section, splits.num_classes))
+
+
 # --- fast -------------------------------------------------------------------------------------------------
 
 
 def make_ready(
-    teacher: FrozenTeacher,
-    section: Mapping[str, Any],
+    teacher: Teacher,
+    sections: Sequence[Mapping[str, Any]],
     splits: data.Data,
-    loss: Loss,
+    loss: Objective,
     precision: str,
     num_epochs: int,
-) -> tuple[FrozenTeacher, list[Remark]]:
+) -> tuple[Teacher, list[Remark]]:
     """Returns a teacher as a run is to have it, fast and with its stores, and what there is to say about it.
 
     Args:
-        teacher: As it was trained, on its device.
-        section: The resolved `teacher` section.
+        teacher: As it was trained, on its device; or several, together.
+        sections: The resolved `teacher` section of each.
         splits: The run's data.
         loss: What the teacher is for.
         precision: fp32, bf16 or fp16.
@@ -63,30 +101,90 @@ def make_ready(
     Raises:
         InputError: As `open_stores`.
     """
-    own = "" if teacher.accuracy is None else f", val accuracy {teacher.accuracy:.4f} in its own run"
-    remarks = [(INFO, f"teacher {section['model_dir']}: {teacher.name}{own}")]
+    made = [
+        _make_one_ready(member, section, splits, loss, precision, num_epochs)
+        for member, section in zip(teacher.members, sections, strict=True)
+    ]
+    remarks = [remark for _, told in made for remark in told]
+    if not isinstance(teacher, TeacherEnsemble):
+        return made[0][0], remarks
+    together = teacher.of([member for member, _ in made])
+    score = accuracy_of(together, splits.val)
+    return together, [*remarks, (INFO, f"{together.describe()}: val accuracy {score:.4f} here")]
+
+
+def _make_one_ready(
+    teacher: FrozenTeacher,
+    section: Mapping[str, Any],
+    splits: data.Data,
+    loss: Objective,
+    precision: str,
+    num_epochs: int,
+) -> tuple[FrozenTeacher, list[Remark]]:
+    where, num_samples = section["model_dir"], splits.val.num_samples
     if loss.teacher_statistics == "batch":  # folded, a batch norm has no statistics any more
         teacher.precision = precision
         score = evaluate(teacher, splits.val)["accuracy"]
         line = f"teacher in {precision}, normalising by each batch; with its own statistics, val accuracy {score:.4f}"
-        return teacher, [*remarks, (INFO, line)]
+        return teacher, [compared(teacher, where, score, num_samples), (INFO, line)]
     cached = section["cache"] != "off"
-    teacher, told = faster(teacher, splits, precision, loss.needs, root_of(section) if cached else None)
-    opened = open_stores(teacher, splits, section, loss.needs, num_epochs) if cached else []
-    return teacher, [*remarks, *told, *opened]
+    root = root_of(section) if cached else None
+    quick, score, told = faster(teacher, splits, precision, loss.teacher_needs, root)
+    opened = open_stores(quick, splits, section, loss.teacher_needs, num_epochs) if cached else []
+    return quick, [compared(teacher, where, score, num_samples), told, *opened]
+
+
+def compared(teacher: FrozenTeacher, where: str, here: float, num_samples: int) -> Remark:
+    """Returns how well a teacher does on a run's validation images, next to what its own directory reports.
+
+    Where the classes, the normalisation or the images are not what it was trained with, nothing else may show it.
+
+    Args:
+        teacher: With its accuracy in its own run, if that is known.
+        where: Its directory.
+        here: Its accuracy on the validation images of this run.
+        num_samples: How many these are. How many its own run had is not known; as many are assumed.
+    """
+    line, own = f"teacher {where}: {teacher.name}, val accuracy {here:.4f} here", teacher.accuracy
+    if own is None:
+        return INFO, line
+    line += f", {own:.4f} in its own run"
+    share = (here + own) / 2
+    chance = CHANCE * math.sqrt(2 * share * (1 - share) / num_samples)
+    if abs(here - own) <= max(chance, SMALL):
+        return INFO, line
+    asked = (
+        "is it the right dataset, normalisation and class order?"
+        if here < own
+        else "has it been trained on images that this run validates on (dataset.val_fraction, dataset.val_seed)?"
+    )
+    return WARNING, f"{line}: too different to be chance; {asked}"
+
+
+def accuracy_of(teacher: TeacherEnsemble, loader: Loader) -> float:
+    """Returns the accuracy of teachers together; what they have answered before is not computed again."""
+    totals = Totals(next(teacher.parameters()).device)
+    with teacher.lesson(loader, 0, frozenset({"logits"})) as ask:
+        for batch in loader.epoch(0):
+            totals.add(correct(ask(batch).logits, batch.labels), {}, len(batch.labels))
+    return totals.of_all().means()["accuracy"]
 
 
 def faster(
     teacher: FrozenTeacher, splits: data.Data, precision: str, needs: frozenset[str], root: Path | None
-) -> tuple[FrozenTeacher, list[Remark]]:
-    """Returns a copy of a teacher that answers faster, or the teacher itself where the copy would score differently.
+) -> tuple[FrozenTeacher, float, Remark]:
+    """Makes a copy of a teacher that answers faster.
 
     Args:
         teacher: As it was trained, in fp32 on its device.
-        splits: Its scores on `val` must agree.
+        splits: The scores of both on `val` must agree.
         precision: Of the copy.
         needs: What it will be asked for.
         root: Where the scores are remembered, as long as neither teacher nor data nor machine changes; None: nowhere.
+
+    Returns:
+        The copy, or the teacher itself where the copy would score differently; the accuracy of the teacher as it was
+        trained; and what there is to say.
     """
     fast = teacher.fast(precision, needs, splits.shape)
     what = {
@@ -117,8 +215,9 @@ def faster(
     )
     # One image of a small split is more than the tolerance.
     if abs(scores["fast"] - scores["original"]) <= max(TOLERANCE, 1 / splits.val.num_samples) + 1e-9:
-        return fast, [(INFO, line)]
-    return teacher, [(WARNING, f"{line}; that is too different, so it computes in fp32, as it was trained")]
+        return fast, scores["original"], (INFO, line)
+    line = f"{line}; that is too different, so it computes in fp32, as it was trained"
+    return teacher, scores["original"], (WARNING, line)
 
 
 # --- with its stores --------------------------------------------------------------------------------------

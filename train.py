@@ -27,19 +27,20 @@ from experiment import Experiment, Follower, read_status
 from model import data, legacy, nets, parallel, schema
 from model.data import DATASETS
 from model.devices import choose_device, choose_precision, compiled, device_name, place
-from model.engine import Learner, Totals, evaluate, probe, train_epoch
+from model.engine import Learner, Totals, evaluate, probe, probe_teacher, train_epoch
+from model.ensemble import Teacher, united
 from model.errors import InputError
-from model.losses import LOSSES
-from model.losses.base import Loss
+from model.losses import create_objective
 from model.metrics import count_parameters
 from model.optim import create_optimizer, create_schedule
 from model.outputs import outputs_of
 from model.rng import derive_seed
-from model.teacher import FrozenTeacher, create_teacher
+from model.taps import taps_of
+from model.teacher import create_teacher
 from process import EpochBar, log, run_main, set_logger
-from sources import find_weights, load_initial, load_teacher_checkpoint
-from teaching import Remark, fill, make_ready
-from utils import OK, USAGE, Params, RunError, apply_overrides, read_json
+from sources import AND, find_weights, load_initial, load_teacher_checkpoints
+from teaching import Remark, fill, make_ready, set_up
+from utils import OK, USAGE, Params, RunError, apply_overrides, read_json, teachers_of
 
 # What goes without saying of how a run is trained; the teacher's answers may be rounded as they are kept.
 USUAL = {"processes": 1, "compile": "off", "answers": "as computed"}
@@ -75,10 +76,8 @@ def begin_log(args: argparse.Namespace, path: Path | None = None) -> None:
 def load_params(model_dir: Path, overrides: Sequence[str]) -> Params:
     """Returns the checked params of a directory, which may be neither its own teacher nor its own beginning."""
     params = Params.load(model_dir, schema.resolve, overrides)
-    others = {
-        "teacher.model_dir": (params.teacher or {}).get("model_dir"),
-        "student.init_from": params.student["init_from"],
-    }
+    others = {f"{key}.model_dir": section["model_dir"] for key, section in teachers_of(params.teacher).items()}
+    others["student.init_from"] = params.student["init_from"]
     for key, path in others.items():
         if path and Path(path).resolve() == model_dir.resolve():
             raise RunError(f"{model_dir / 'params.json'}: {key}: the directory itself; name another", "params")
@@ -108,9 +107,9 @@ def check(model_dirs: Sequence[Path], overrides: Sequence[str]) -> int:
     return USAGE if wrong else OK
 
 
-def train_teacher(args: argparse.Namespace, params: Params, students: Sequence[Path]) -> None:
-    """Trains the teacher of `params` to its end, unless that is done, on the dataset that its student is given."""
-    student, teacher_dir = args.model_dir[0], Path(params.teacher["model_dir"])
+def train_teacher(args: argparse.Namespace, params: Params, teacher_dir: Path, students: Sequence[Path]) -> None:
+    """Trains a teacher of `params` to its end, unless that is done, on the dataset that its student is given."""
+    student = args.model_dir[0]
     if not (teacher_dir / "params.json").is_file() or read_status(teacher_dir) == "completed":
         return
     if read_status(teacher_dir) == "pending" and (teacher_dir / "best.pth.tar").exists():  # trained elsewhere
@@ -143,7 +142,7 @@ class Run:
     experiment: Experiment
     splits: data.Data
     learner: Learner
-    teacher: FrozenTeacher | None
+    teacher: Teacher | None
     identity: Mapping[str, str | None]  # what besides params decides the result
     machine: Mapping[str, Any]
     head: Mapping[str, Any]  # what every checkpoint of this run says of itself
@@ -157,12 +156,15 @@ class Run:
 
     def fill(self) -> None:
         """Computes all that the teacher will be asked for, where params.json wants that done before training."""
-        if self.teacher is not None and self.params.teacher["cache"] == "full":
 
-            def pause() -> None:
-                self.experiment.stop_if_asked("while the teacher's answers were computed", alone=True)
+        def pause() -> None:
+            self.experiment.stop_if_asked("while the teacher's answers were computed", alone=True)
 
-            fill(self.teacher, self.splits, self.learner.loss.needs, self.params.num_epochs, pause, self.quiet)
+        sections = teachers_of(self.params.teacher).values()
+        for member, section in zip(self.teacher.members, sections, strict=True) if self.teacher is not None else ():
+            if section["cache"] == "full":
+                needs = self.learner.loss.teacher_needs
+                fill(member, self.splits, needs, self.params.num_epochs, pause, self.quiet)
 
     def restore(self, state: Mapping[str, Any] | None) -> tuple[int, Totals]:
         """Returns the epoch to go on with and the sums of what is done of it already."""
@@ -193,7 +195,7 @@ class Run:
             self.splits.val,
             precision=self.learner.precision,
             loss=self.learner.loss,
-            teacher=self.teacher,
+            teacher=self.teacher if self.learner.loss.asks_teacher else None,
             after_batch=after_batch,
         )
 
@@ -223,11 +225,12 @@ class Run:
 
         train_metrics = train_epoch(
             self.learner,
-            self.splits.train,
+            self.splits.lessons,
             epoch=epoch,
             seed=self.params.seed,
             teacher=self.teacher,
             totals=totals,
+            gradient_norms=self.params.log_gradient_norms,
             after_step=after_step,
         )
         progress = {}
@@ -267,46 +270,61 @@ def _frozen(student: nn.Module, frozen_norms: Sequence[nn.Module]) -> str:
     return f"{text}, statistics of {len(frozen_norms)} batch norms fixed" if frozen_norms else text
 
 
+def kept_answers(teacher: Teacher | None, sections: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
+    """Returns in what type the answers of teachers are kept, and what part of them, if that is not all."""
+    types, parts, usual = list[str](), list[str](), str(USUAL["answers"])
+    for member, section in zip(teacher.members, sections, strict=True) if teacher is not None else ():
+        types.append(section["cache_dtype"] if member.stores else usual)
+        parts.append(f"top {section['top_k']}" if member.stores and section["top_k"] else "all")
+    return AND.join(types) if {*types} - {usual} else usual, AND.join(parts) if {*parts} - {"all"} else None
+
+
 def prepare(args: argparse.Namespace, params: Params, students: Sequence[Path]) -> Run:
     """Builds everything that a run of `params` needs; whatever is missing or does not fit ends it here."""
     model_dir, device = args.model_dir[0], choose_device(args.device)
     precision = choose_precision(params.precision, device)
     torch.manual_seed(derive_seed(params.seed, "loss"))
-    loss: Loss = LOSSES.create(params.loss)
-    teacher = teacher_state = teacher_sha = taught = None
+    loss = create_objective(params.loss, params.num_epochs)
+    teacher: Teacher | None = None
+    teacher_states, teacher_sha, taught = list[dict[str, Any]](), None, None
+    sections = [*teachers_of(params.teacher).values()]
     if loss.needs_teacher:  # before any work: it may be missing
-        teacher_dir, restore_file = params.teacher["model_dir"], params.teacher["restore_file"]
-        if args.train_teacher:
-            train_teacher(args, params, [*students, model_dir.resolve()])
-        teacher_state, teacher_sha = load_teacher_checkpoint(Path(teacher_dir), restore_file)
+        for section in sections if args.train_teacher else ():
+            train_teacher(args, params, Path(section["model_dir"]), [*students, model_dir.resolve()])
+        teacher_states, teacher_sha = load_teacher_checkpoints(sections)
     init_from, init_state, init_sha = params.student["init_from"], None, None
     if init_from:
         init_state, init_sha = load_initial(Path(init_from))
 
     with naming(model_dir / "params.json"):
         with parallel.first_goes_first():
-            splits = data.create(params.dataset, seed=params.seed, device=device)
+            splits = data.create(params.dataset, seed=params.seed, device=device, unlabelled=params.unlabelled)
         splits.share(parallel.rank(), parallel.size())
         torch.manual_seed(derive_seed(params.seed, "init"))
         student = nets.create(params.student, splits.num_classes)
         net_record = {"section": params.student, **splits.facts()}
         shown = probe(student, params.student["name"], splits.shape)
+        net_record["section"] = {**params.student, "stages": [*taps_of(student)] or None}  # those chosen, too
         adopted = init_state is not None and nets.adopt(student, init_state["state_dict"], init_from)
-        student = parallel.synchronised(student, device)
-        frozen_norms = nets.freeze(student, params.student)
-        if teacher_state is not None:
-            teacher = create_teacher(teacher_state, params.teacher, net_record)
-            taught = probe(teacher.net, teacher.name, splits.shape)
-        torch.manual_seed(derive_seed(params.seed, "loss"))
-        loss.attach(shown, taught)
+        if teacher_states:
+            pairs = zip(teacher_states, sections, strict=True)
+            members = [create_teacher(state, section, net_record) for state, section in pairs]
+            weights = [section["weight"] for section in sections]
+            teacher = united(members, weights, params.combine_teachers, loss)
+            taught = probe_teacher(teacher, splits.shape)
+        set_up(loss, shown, taught, splits, params.student, params.seed)
+        own, (student, net_record["equipment"]) = student, loss.equip(student)
+        own, student = parallel.synchronised(own, device), parallel.synchronised(student, device)
+        frozen_norms = nets.freeze(own, params.student)
     student, loss = place(student, device), parallel.synchronised(loss, device).to(device)
     optimizer = create_optimizer(params.optimizer, [*student.parameters(), *loss.parameters()])
     schedule = create_schedule(params.schedule, optimizer, params.num_epochs, len(splits.train))
     about_teacher: list[Remark] = []
     if teacher is not None:
         teacher = place(teacher, device)
-        teacher, about_teacher = make_ready(teacher, params.teacher, splits, loss, precision, params.num_epochs)
-    kept = teacher is not None and bool(teacher.stores)
+        teacher, about_teacher = make_ready(teacher, sections, splits, loss, precision, params.num_epochs)
+    kept, top = kept_answers(teacher, sections)
+    tapped = {"student": shown.taps(), "teacher": "" if taught is None else taught.taps()}
     run = compiled(partial(outputs_of, student)) if params.compile == "on" else None
 
     machine = {
@@ -315,7 +333,7 @@ def prepare(args: argparse.Namespace, params: Params, students: Sequence[Path]) 
         "threads": torch.get_num_threads(),
         "processes": parallel.size(),
         "compile": "on" if params.compile == "on" else "off",
-        "answers": params.teacher["cache_dtype"] if kept else USUAL["answers"],
+        "answers": kept,
     }
     lines = [
         *assumptions(model_dir, args.overrides),
@@ -323,6 +341,7 @@ def prepare(args: argparse.Namespace, params: Params, students: Sequence[Path]) 
         splits.summary,
         f"student {params.student['name']}: {count_parameters(student):,} parameters{_frozen(student, frozen_norms)}",
         f"loss: {loss.describe()}",
+        *(f"stages of the {role}: {stages}" for role, stages in tapped.items() if "features" in loss.needs and stages),
         *parallel.remarks(device, [student, loss], frozen_norms),
     ]
     if init_from:
@@ -339,7 +358,7 @@ def prepare(args: argparse.Namespace, params: Params, students: Sequence[Path]) 
             "teacher": teacher_sha,
             "init": init_sha,
             "precision": precision,
-            "answers": f"top {params.teacher['top_k']}" if kept and params.teacher["top_k"] else None,
+            "answers": top,
         },
         machine=machine,
         head={"net": net_record, "params": params.dict, **machine},
@@ -372,7 +391,7 @@ def train(args: argparse.Namespace, students: Sequence[Path] = ()) -> int:
         for epoch in range(first, params.num_epochs):
             run.epoch(epoch, totals)
             totals = Totals(run.learner.device)
-        if run.teacher is not None and run.teacher.stores:
+        if run.teacher is not None and any(member.stores for member in run.teacher.members):
             log.info("the teacher was asked for %d answers; the others had been kept", run.teacher.num_computed)
     return OK
 

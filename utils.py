@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -224,8 +225,8 @@ def apply_overrides(raw: dict[str, Any], overrides: Iterable[str]) -> list[str]:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise RunError(f"--overrides: {override!r} is not key=value, such as loss.alpha=0.5")
-        if key.startswith("teacher.") and isinstance(raw.get("teacher"), str):
-            raw["teacher"] = {"model_dir": raw["teacher"]}
+        if key.startswith("teacher."):
+            spell_out_teachers(raw)
         key = full_key(raw, key)
         try:
             value = json.loads(text, object_pairs_hook=_once, parse_constant=_number, parse_float=_number)
@@ -238,36 +239,103 @@ def apply_overrides(raw: dict[str, Any], overrides: Iterable[str]) -> list[str]:
     return keys
 
 
+def teachers_of(teacher: Any) -> dict[str, Any]:
+    """Returns the sections of the teachers that a params.json names, by their paths: `teacher`, or `teacher.0` and on.
+
+    Args:
+        teacher: A directory as text, a section, a list of these, or None. A list of one is what is in it.
+    """
+    if isinstance(teacher, list) and len(teacher) == 1:
+        [teacher] = teacher
+    if isinstance(teacher, list):
+        return {f"teacher.{place}": _teacher_section(each) for place, each in enumerate(teacher)}
+    return {} if teacher is None else {"teacher": _teacher_section(teacher)}
+
+
+def spell_out_teachers(raw: dict[str, Any]) -> None:
+    """Makes sections, in place, of teachers that are given by their directories alone."""
+    teacher = raw.get("teacher")
+    if isinstance(teacher, list):
+        raw["teacher"] = [_teacher_section(each) for each in teacher]
+    elif isinstance(teacher, str):
+        raw["teacher"] = _teacher_section(teacher)
+
+
+def _teacher_section(teacher: Any) -> Any:
+    return {"model_dir": teacher} if isinstance(teacher, str) else teacher
+
+
 def full_key(raw: Mapping[str, Any], key: str) -> str:
     """Returns the dotted path of an option that may be named by its bare key."""
     if "." in key or key in raw:
         return key
-    sections = [name for name, section in raw.items() if isinstance(section, dict) and key in section]
-    if len(sections) > 1:
-        choices = " or ".join(f"{name}.{key}" for name in sections)
+    holders = [prefix for prefix, section in _sections(raw) if key in section]
+    if len(holders) > 1:
+        choices = " or ".join(f"{prefix}.{key}" for prefix in holders)
         raise RunError(f"{key!r} is an option of several sections; write {choices}")
-    return f"{sections[0]}.{key}" if sections else key
+    return f"{holders[0]}.{key}" if holders else key
+
+
+def _sections(raw: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields each section with its path; those of a list one by one."""
+    for name, value in raw.items():
+        if isinstance(value, dict):
+            yield name, value
+        elif is_list_of_sections(value):
+            yield from ((f"{name}.{label}", section) for label, section in zip(labels_of(value), value, strict=True))
+
+
+def is_list_of_sections(value: Any) -> bool:
+    """Tells whether a value is a list of objects, such as the losses of a run or its teachers."""
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(element, dict) for element in value)
+
+
+def labels_of(sections: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns what paths call the sections of a list: by name, numbered where that is taken (`kd_2`); else by place."""
+    labels: list[str] = []
+    for place, section in enumerate(sections):
+        name = label = str(section.get("name", place))
+        for number in itertools.count(2):
+            if label not in labels:
+                break
+            label = f"{name}_{number}"
+        labels.append(label)
+    return labels
 
 
 def set_option(raw: dict[str, Any], key: str, value: Any) -> None:
-    """Sets `raw["a"]["b"] = value` for the key `a.b`, making the section if it is missing."""
+    """Sets `raw["a"]["b"] = value` for the key `a.b`, making the section if it is missing.
+
+    A section of a list is named by its label, `loss.crd.weight`, or by its place from 0, `loss.1.weight`.
+    """
     *path, last = key.split(".")
-    section = raw
+    section: Any = raw
     for part in path:
+        if is_list_of_sections(section):
+            labels = labels_of(section)
+            if part not in labels and not (part.isdecimal() and int(part) < len(section)):
+                raise RunError(f"{key}: the list has no {part!r}; it has {', '.join(labels)}")
+            section = section[labels.index(part) if part in labels else int(part)]
+            continue
         section = section.setdefault(part, {})
-        if not isinstance(section, dict):
+        if not isinstance(section, dict) and not is_list_of_sections(section):
             raise RunError(f"{key}: {part!r} is {section!r}, not a section; override {part}=... as a whole")
+    if not isinstance(section, dict):
+        labels = labels_of(section)
+        raise RunError(f"{key}: a list; name one of {', '.join(labels)}, as in {'.'.join([*path, labels[0], last])}")
     section[last] = value
 
 
 def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns nested sections as one level of dotted keys."""
+    """Returns nested sections as one level of dotted keys; those of a top-level list as `set_option` names them."""
     flat: dict[str, Any] = {}
 
     def add(section: Mapping[str, Any], prefix: str) -> None:
         for key, value in section.items():
             if isinstance(value, dict):
                 add(value, f"{prefix}{key}.")
+            elif not prefix and is_list_of_sections(value):
+                add(dict(zip(labels_of(value), value, strict=True)), f"{key}.")
             else:
                 flat[prefix + key] = value
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -14,12 +14,14 @@ from torch.nn import functional as F
 
 from model import parallel
 from model.devices import autocast
+from model.ensemble import Teacher
 from model.errors import DivergedError, InputError
 from model.losses.base import Loss
+from model.losses.objective import Objective
 from model.optim import Schedule
-from model.outputs import Batch, Outputs, Probe, outputs_of
+from model.outputs import Batch, Outputs, Probe, answers, features_of, outputs_of
 from model.rng import derive_seed
-from model.teacher import FrozenTeacher
+from model.taps import TapError, choose, set_taps, taps_of
 
 
 class Loader(Sized, Protocol):
@@ -28,22 +30,41 @@ class Loader(Sized, Protocol):
     def epoch(self, epoch: int, start: int = 0) -> Iterable[Batch]: ...
 
 
-def probe(net: nn.Module, name: str, shape: Sequence[int]) -> Probe:
-    """Shows a net one image of a shape `(C, H, W)`, black, and tells the shapes of what it makes of it.
+def probe(net: nn.Module, name: str, shape: Sequence[int], role: str = "student") -> Probe:
+    """Shows a net one image, black, and tells the shapes of what it makes of it; one without stages is given some.
+
+    Args:
+        net: Gets taps if it gives no maps itself and has none yet.
+        name: What it is called.
+        shape: `(C, H, W)` of the image.
+        role: The section of params.json that may name its stages: `student` or `teacher`.
 
     Raises:
-        InputError: The net does not take it; with the net's own reason.
+        InputError: The net does not take the image, with the net's own reason; or it has no such stages.
     """
     image = torch.zeros(1, *shape, device=next(net.parameters()).device)
     try:
         with torch.no_grad(), evaluating(net):
-            tell = getattr(net, "forward_with_features", lambda images: Outputs(net(images)))
-            outputs = tell(image).shapes()
+            if not hasattr(net, "forward_with_features") and not taps_of(net):
+                set_taps(net, choose(net, image))
+            outputs = features_of(net, image).shapes()
+    except TapError as error:
+        raise InputError(f"{role}.stages: net {name!r} {error.predicate}") from None
     except (RuntimeError, ValueError, AssertionError) as error:
         size = "x".join(map(str, shape))
         why = str(error).partition("\n")[0]
         raise InputError(f"net {name!r} does not take the dataset's images of {size}: {why}") from None
-    return Probe(name, net, outputs)
+    return Probe(name, net, outputs, tuple(shape))
+
+
+def probe_teacher(teacher: Teacher, shape: Sequence[int]) -> Probe:
+    """Shows a teacher one image: see `probe`. What several of them give together is logits alone."""
+    several = len(teacher.members) > 1
+    roles = [f"teacher.{place}" if several else "teacher" for place in range(len(teacher.members))]
+    probes = [probe(each.net, each.name, shape, role) for each, role in zip(teacher.members, roles, strict=True)]
+    if not several:
+        return probes[0]
+    return replace(probes[0], name=teacher.name, net=teacher, outputs=Outputs(probes[0].outputs.logits))
 
 
 @dataclass
@@ -52,7 +73,7 @@ class Learner:
 
     Attributes:
         student: The net that learns.
-        loss: The objective, with whatever it trains besides the student.
+        loss: The objective, with whatever it trains besides the student, nets that learn beside it among that.
         optimizer: Over the parameters of both.
         schedule: Of the optimizer's learning rate.
         precision: fp32, bf16 or fp16.
@@ -61,7 +82,7 @@ class Learner:
     """
 
     student: nn.Module
-    loss: Loss
+    loss: Loss | Objective
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     precision: str = "fp32"
@@ -103,6 +124,7 @@ class Learner:
         self.scaler.load_state_dict(state["scaler"])
 
 
+LOGITS = frozenset({"logits"})
 LOWER = "lower the learning rate, or add a warm-up, and begin anew with --restart"
 
 
@@ -183,8 +205,9 @@ def train_epoch(
     *,
     epoch: int,
     seed: int,
-    teacher: FrozenTeacher | None = None,
+    teacher: Teacher | None = None,
     totals: Totals | None = None,
+    gradient_norms: bool = False,
     after_step: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Trains for one epoch, or for the rest of one.
@@ -198,6 +221,7 @@ def train_epoch(
         seed: The run's seed.
         teacher: Runs on the very batch that the student sees; None if the loss needs none.
         totals: Sums of the steps of this epoch that are done already; the epoch goes on after them.
+        gradient_norms: Also measure how strongly each term pulls at the student's logits: see `pulls`.
         after_step: Called after each step, on a boundary at which the learner may be saved; it may raise.
 
     Returns:
@@ -212,29 +236,32 @@ def train_epoch(
     own = (parallel.rank(),) if parallel.size() > 1 else ()
     student.train()
     loss.train()
+    loss.on_epoch(epoch)
     for norm in learner.frozen_norms:
         norm.eval()
     run = learner.run or functools.partial(outputs_of, student)
+    needs = loss.needs
     by_batch = loss.teacher_statistics == "batch"
     with (
         batch_statistics(teacher) if teacher is not None and by_batch else contextlib.nullcontext(),
-        lesson(teacher, loader, epoch, loss.needs) as ask,
+        lesson(teacher if loss.asks_teacher else None, loader, epoch, loss.teacher_needs) as ask,
     ):
         for step, batch in enumerate(loader.epoch(epoch, totals.steps), start=totals.steps):
             torch.manual_seed(derive_seed(seed, "step", epoch, step, *own))
             learner.schedule.set(epoch, step)
             teacher_outputs = ask(batch)
             with autocast(learner.precision, device):
-                student_outputs = run(batch.images, loss.needs)
+                student_outputs = with_peers(answers(run, batch, needs), loss, batch)
             terms = loss(student_outputs, teacher_outputs, batch)
             total = torch.stack(list(terms.values())).sum()
+            measured = pulls(terms, student_outputs.logits) if gradient_norms else {}
             learner.optimizer.zero_grad(set_to_none=True)
             learner.scaler.scale(total * batch.share).backward()
             parallel.sum_gradients(learner.optimizer)
             learner.scaler.step(learner.optimizer)
             learner.scaler.update()
             hits = correct(student_outputs.logits, batch.labels)
-            totals.add(hits, {"loss": total, **terms}, len(batch.labels))
+            totals.add(hits, {"loss": total, **terms, **measured}, len(batch.labels))
             after_step()
     return totals.of_all().means()
 
@@ -245,8 +272,8 @@ def evaluate(
     loader: Loader,
     *,
     precision: str = "fp32",
-    loss: Loss | None = None,
-    teacher: FrozenTeacher | None = None,
+    loss: Loss | Objective | None = None,
+    teacher: Teacher | None = None,
     after_batch: Callable[[Batch, Outputs, Outputs | None], None] = lambda batch, outputs, teacher_outputs: None,
 ) -> dict[str, float]:
     """Scores a net on a whole split, in eval mode; its mode is as before afterwards.
@@ -260,38 +287,69 @@ def evaluate(
         after_batch: Called with each batch and what the nets made of it; it may raise.
 
     Returns:
-        Means over the samples: `accuracy`, `accuracy_top5` (with more than 5 classes), `cross_entropy`, and `loss`
-        with its terms.
+        Means over the samples: `accuracy`, `accuracy_top5` (with more than 5 classes), `cross_entropy`, `loss` with its
+        terms, and `peer<n>_accuracy` of the nets that learn beside the student.
 
     Raises:
         DivergedError: The cross-entropy is not finite: with a NaN logit, argmax would still name a plausible class.
     """
     device = next(net.parameters()).device
-    needs = loss.needs if loss else frozenset({"logits"})
+    needs, asked = (loss.needs, loss.teacher_needs) if loss else (LOGITS, LOGITS)
+    run = functools.partial(outputs_of, net)
     totals = Totals(device)
-    with evaluating(net, *([loss] if loss else [])), lesson(teacher, loader, 0, needs) as ask:
+    with evaluating(net, *([loss] if loss else [])), lesson(teacher, loader, 0, asked) as ask:
         for batch in loader.epoch(0):
             with autocast(precision, device):
-                outputs = outputs_of(net, batch.images, needs)
+                outputs = answers(run, batch, needs)
+                outputs = outputs if loss is None else with_peers(outputs, loss, batch)
             teacher_outputs = ask(batch)
             means = {"cross_entropy": F.cross_entropy(outputs.logits, batch.labels)}
+            counts = correct(outputs.logits, batch.labels)
             if loss is not None:
                 terms = loss(outputs, teacher_outputs, batch)
                 means |= {"loss": torch.stack(list(terms.values())).sum(), **terms}
-            totals.add(correct(outputs.logits, batch.labels), means, len(batch.labels))
+                for number, logits in enumerate(outputs.peer_logits, start=1):
+                    counts[f"peer{number}_accuracy"] = correct(logits, batch.labels)["accuracy"]
+            totals.add(counts, means, len(batch.labels))
             after_batch(batch, outputs, teacher_outputs)
     return totals.of_all().means()
 
 
+def with_peers(outputs: Outputs, loss: Loss | Objective, batch: Batch) -> Outputs:
+    """Returns a student's outputs with the logits of the nets that learn beside it, if there are any."""
+    if not len(loss.peers):
+        return outputs
+    return replace(outputs, peer_logits=tuple(peer(batch.images).float() for peer in loss.peers))
+
+
+def pulls(terms: Mapping[str, Tensor], logits: Tensor) -> dict[str, Tensor]:
+    """Returns the norm of each term's gradient with respect to the student's logits, as `<term>_gradient`.
+
+    0 for a term that does not depend on them. The sum of squares is over the batch, whose mean a term is: the norm of a
+    batch of N is about that of one sample over the square root of N.
+    """
+    norms = {}
+    for name, term in terms.items():
+        gradient = None
+        if term.requires_grad:
+            (gradient,) = torch.autograd.grad(term, logits, retain_graph=True, allow_unused=True)
+        norms[f"{name}_gradient"] = logits.new_zeros(()) if gradient is None else gradient.norm()
+    return norms
+
+
 def lesson(
-    teacher: FrozenTeacher | None, loader: Loader, epoch: int, needs: frozenset[str]
+    teacher: Teacher | None, loader: Loader, epoch: int, needs: frozenset[str]
 ) -> contextlib.AbstractContextManager[Callable[[Batch], Outputs | None]]:
     """Returns the context in which a teacher, if there is one, answers for the batches of an epoch."""
     return contextlib.nullcontext(lambda batch: None) if teacher is None else teacher.lesson(loader, epoch, needs)
 
 
 def correct(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Returns how many samples have their label as the first choice and, with over 5 classes, among the first 5."""
+    """Returns how many samples have their label as the first choice and, with over 5 classes, among the first 5.
+
+    Those without a label, which stand behind the others, do not count.
+    """
+    logits = logits[: len(labels)]
     counts = {"accuracy": (logits.argmax(1) == labels).sum()}
     if logits.shape[1] > 5:
         counts["accuracy_top5"] = (logits.topk(5, dim=1).indices == labels[:, None]).sum()

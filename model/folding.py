@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model.devices import DTYPES
-from model.outputs import Outputs
+from model.outputs import Outputs, features_of
 
 # The kinds of layers that take a batch norm in, and the kind of it.
 NORMS: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: nn.BatchNorm2d, nn.Linear: nn.BatchNorm1d}
@@ -34,7 +34,7 @@ def fold_batch_norms(
 
     Args:
         net: Stays as it is.
-        needs: Which of its outputs are asked for; with more than the logits, `forward_with_features` is of use, too.
+        needs: Which of its outputs are asked for; with more than the logits, `features_of` is of use, too.
         shape: Of an image, `(C, H, W)`; which operations a net consists of may depend on it.
 
     Returns:
@@ -42,14 +42,14 @@ def fold_batch_norms(
         cannot be told who reads what.
     """
     frozen = copy.deepcopy(net).eval().requires_grad_(False)
-    methods = ["forward"] if needs <= {"logits"} else ["forward", "forward_with_features"]
+    questions = [nn.Module.__call__] if needs <= {"logits"} else [nn.Module.__call__, features_of]
     try:
         # Nothing is computed on the meta device; a net whose operations depend on values fails there. `to` would give
         # modules that share a weight one each.
         tensors = [*frozen.parameters(), *frozen.buffers()]
         dummy = copy.deepcopy(frozen, {id(tensor): tensor.to("meta") for tensor in tensors})
         image = torch.empty(1, *shape, device="meta", dtype=next(frozen.parameters()).dtype)
-        pairs = set.intersection(*(foldable(dummy, method, image) for method in methods))
+        pairs = set.intersection(*(foldable(dummy, ask, image) for ask in questions))
     except Exception:  # a net of others may raise anything; unfolded it is as good, just slower
         return frozen, 0
     modules = dict(frozen.named_modules())
@@ -83,12 +83,12 @@ class Uses(TorchDispatchMode):
         self.kept += tensors
 
 
-def foldable(net: nn.Module, method: str, image: Tensor) -> set[tuple[str, str]]:
+def foldable(net: nn.Module, ask: Callable[[nn.Module, Tensor], Any], image: Tensor) -> set[tuple[str, str]]:
     """Returns the paths of the layers that only a batch norm reads, each with the norm's.
 
     Args:
         net: In eval mode.
-        method: The one that is called: `forward` or `forward_with_features`.
+        ask: What the net and the image are given to: `features_of`, or what only calls the net.
         image: `(1, C, H, W)`.
     """
     uses = Uses()
@@ -104,7 +104,7 @@ def foldable(net: nn.Module, method: str, image: Tensor) -> set[tuple[str, str]]
         for path, module in modules.items()
     ]
     with torch.no_grad(), uses:
-        outputs = getattr(net, method)(image)
+        outputs = ask(net, image)
     uses.take(vars(outputs) if isinstance(outputs, Outputs) else outputs)  # the caller reads these
     for handle in handles:
         handle.remove()

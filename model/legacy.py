@@ -25,7 +25,10 @@ DATA_DIR = "data-cifar10"
 TEACHER_MEAN = (0.4914, 0.4822, 0.4465)
 TEACHER_STD = dict.fromkeys(("wrn", "densenet", "resnext29", "preresnet110"), (0.2023, 0.1994, 0.2010))
 # What of ours may stand beside the flat keys; a teacher's section takes the place of its name.
-OURS = ("dataset", "student", "loss", "optimizer", "schedule", "seed", "precision", "compile", "checkpoint_minutes")
+OURS = (
+    *("dataset", "student", "loss", "optimizer", "schedule", "seed", "precision", "compile", "checkpoint_minutes"),
+    *("log_gradient_norms", "combine_teachers"),
+)
 # Options of ours that flat keys set: where both are given, neither is obviously meant.
 PLACES = {
     "student.name": "model_version",
@@ -192,6 +195,8 @@ def _sections(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def _teacher(section: Any) -> Any:
     """Returns a teacher's section, whose `model_dir` may be a name: `--overrides teacher.mean=...` makes it of one."""
+    if isinstance(section, list):
+        return [TEACHERS.get(each, each) if isinstance(each, str) else _teacher(each) for each in section]
     if isinstance(section, Mapping) and isinstance(section.get("model_dir"), str):
         return {**section, "model_dir": TEACHERS.get(section["model_dir"], section["model_dir"])}
     return section

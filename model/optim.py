@@ -9,11 +9,10 @@ from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, Field
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 from torch import nn
 
-from model.registry import Problem, Registry
+from model.registry import Milestones, Problem, Registry
 
 LearningRate = Annotated[float, Field(gt=0, le=1000)]
 LowestRate = Annotated[float, Field(ge=0)]
@@ -21,14 +20,6 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 Decay = Annotated[float, Field(ge=0, le=10)]
 Epochs = Annotated[float, Field(ge=1e-6)]
 Drop = Annotated[float, Field(gt=0, le=1)]
-
-
-def in_rising_order(milestones: list[int]) -> list[int]:
-    """Refuses a list that is empty, not in order, or names an epoch twice."""
-    if not milestones or milestones != sorted(set(milestones)):
-        text = "expected epochs in rising order, at least one, got {given}"
-        raise PydanticCustomError("rising_order", text, {"given": str(milestones)})
-    return milestones
 
 
 def schedule_options(
@@ -308,7 +299,7 @@ def multistep(
     num_epochs: int,
     warmup_epochs: Fraction,
     *,
-    milestones: Annotated[list[Annotated[int, Field(ge=1)]], AfterValidator(in_rising_order)],
+    milestones: Milestones,
     gamma: Drop = 0.1,
     reset_momentum: bool = False,
 ) -> Curve:

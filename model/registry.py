@@ -11,15 +11,36 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
-from pydantic_core import ErrorDetails
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    create_model,
+)
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 Problem = tuple[str, str]  # (dotted key below the section, what is wrong with it and what to do)
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def in_rising_order(milestones: list[int]) -> list[int]:
+    """Refuses a list that is empty, not in order, or names an epoch twice."""
+    if not milestones or milestones != sorted(set(milestones)):
+        text = "expected epochs in rising order, at least one, got {given}"
+        raise PydanticCustomError("rising_order", text, {"given": str(milestones)})
+    return milestones
+
+
+Milestones = Annotated[list[Annotated[int, Field(ge=1)]], AfterValidator(in_rising_order)]  # after how many epochs
 
 
 class Registry:
@@ -100,8 +121,12 @@ class Registry:
         rest = {k: v for k, v in section.items() if k != "name"}
         return {k: v for k, v in rest.items() if k not in common}, {k: v for k, v in rest.items() if k in common}
 
-    def resolve(self, section: Any) -> tuple[dict[str, Any], list[Problem]]:
+    def resolve(self, section: Any, common: Callable[..., Any] | None = None) -> tuple[dict[str, Any], list[Problem]]:
         """Checks a section against the signature of its entry and fills in the defaults.
+
+        Args:
+            section: As params.json has it.
+            common: Whose options it takes besides the entry's own; None: the registry's.
 
         Returns:
             The section with every option, and all that is wrong with it (then the section is not usable).
@@ -116,8 +141,49 @@ class Registry:
         except KeyError as error:
             return {}, [("name", str(error.args[0]))]
         options = {key: value for key, value in section.items() if key != "name"}
-        resolved, problems = check_options(options, *self.functions(entry))
+        own, *others = self.functions(entry)
+        resolved, problems = check_options(options, own, *([common] if common else others))
         return {"name": name, **resolved}, problems
+
+
+def checked_by(resolve: Callable[[Any], tuple[Any, list[Problem]]], rule: str) -> WrapValidator:
+    """Returns the validator of an option that holds sections of its own; defaults are not filled in.
+
+    Args:
+        resolve: Returns every problem of a well-formed value, as (key below the option, text).
+        rule: What is well-formed, for the message.
+    """
+
+    def validate(value: Any, well_formed: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            formed = well_formed(value)
+        except ValidationError:
+            text = {"rule": rule, "value": repr(value)}
+            raise PydanticCustomError("form", "expected {rule}; got {value}", text) from None
+        problems = [] if value is None else resolve(value)[1]
+        if problems:
+            faults = [(key, PydanticCustomError("nested", "{text}", {"text": text})) for key, text in problems]
+            details = [InitErrorDetails(type=fault, loc=(key,), input=value) for key, fault in faults]
+            raise ValidationError.from_exception_data("nested", details)
+        return formed
+
+    return WrapValidator(validate)
+
+
+def labels_of(sections: Iterable[Any]) -> list[str]:
+    """Returns what to call each section of a list: its name, numbered where that is taken (`kd_2`); else its place."""
+    labels: list[str] = []
+    for place, section in enumerate(sections):
+        name = section.get("name") if isinstance(section, Mapping) else None
+        labels.append(free_name(name if isinstance(name, str) else str(place), labels))
+    return labels
+
+
+def free_name(name: str, taken: Iterable[str]) -> str:
+    """Returns a name, numbered if it is taken: `kd`, `kd_2`, `kd_3`."""
+    known = set(taken)
+    numbers = (f"{name}_{number}" for number in itertools.count(2))
+    return name if name not in known else next(free for free in numbers if free not in known)
 
 
 def suggest(name: str, known: Any) -> str:

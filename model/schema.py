@@ -16,11 +16,15 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import Field
 
-from model.data import DATASETS
+from model.data import DATASETS, REST, resolve_unlabelled
 from model.data.augmentations import TRANSFORMS
+from model.data.pipeline import unlabelled_options
 from model.errors import InputError
 from model.legacy import flat_options, is_flat, translate
-from model.losses import LOSSES
+from model.losses import LOSSES, create_objective, sections_of
+from model.losses import resolve as resolve_loss
+from model.losses.objective import COMBINABLE, Objective
+from model.losses.weights import WEIGHTS
 from model.nets import NETS
 from model.optim import OPTIMIZERS, SCHEDULES
 from model.optim import check as check_optim
@@ -33,6 +37,13 @@ SECTIONS: dict[str, Registry] = {
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
 }
+OTHERS = ("teacher", "unlabelled")
+UNLABELLED = (
+    "Images without labels, or whose labels are not used, for the parts of the loss that need none: a section as"
+    " `dataset`, of which all training images are taken, or `rest`, those that `dataset.subset_fraction` leaves out. It"
+    " takes the options of the dataset it names, and:"
+)
+WHAT = {"features": "maps", "preacts": "maps before the activation", "embedding": "embeddings"}  # of a net, in messages
 DEFAULTS: dict[str, dict[str, Any]] = {"loss": {"name": "ce"}, "schedule": {"name": "constant"}}
 
 
@@ -43,6 +54,8 @@ def run_options(
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     compile: Literal["auto", "on", "off"] = "auto",
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 10.0,
+    log_gradient_norms: bool = False,
+    combine_teachers: Literal["probabilities", "logits"] = "probabilities",
 ) -> None:
     """Options at the top level of params.json.
 
@@ -55,6 +68,10 @@ def run_options(
             log says so and training goes on without. `auto` is `off`: on a CPU it takes half a minute at each start,
             and on a GPU nobody has measured it here.
         checkpoint_minutes: A long epoch is also saved on the way, this often.
+        log_gradient_norms: Also log, for each term of the loss, the norm of its gradient on the student's logits, as
+            `<term>_gradient`: which of them pulls how strongly. It costs a backward pass through the losses.
+        combine_teachers: What several teachers' mean is of: their `probabilities` at the temperature of the loss, which
+            must then be one, or their `logits`.
     """
 
 
@@ -69,8 +86,12 @@ def teacher_options(
     top_k: Annotated[int, Field(ge=1)] | None = None,
     max_gb: Annotated[float, Field(gt=0)] = 10.0,
     cache_dir: Annotated[str, Field(min_length=1)] | None = None,
+    stages: Annotated[list[str], Field(min_length=1)] | None = None,
+    weight: Annotated[float, Field(gt=0, le=1e6)] = 1.0,
 ) -> None:
     """The teacher: another experiment directory. A plain text stands for its `model_dir`.
+
+    A list names several, which teach together losses that read logits; see `combine_teachers`.
 
     Args:
         model_dir: The teacher's directory, from where the command is run.
@@ -84,6 +105,9 @@ def teacher_options(
         top_k: Keep the k largest logits and the mass of the others, as if these were equal; null: all.
         max_gb: What the stores of this teacher may take. Where it does not fit, `lazy` does without, `full` ends.
         cache_dir: Where the stores are; null: `store` in the teacher's directory.
+        stages: Paths of the teacher's modules whose outputs are its stages' maps, as for the student; null: as in its
+            own run.
+        weight: Of several teachers: the share of this one; they are divided by their sum.
     """
 
 
@@ -102,8 +126,8 @@ def resolve(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
         raw, _, problems = translate(raw)
         if problems:
             return values, problems
-    own = {key: value for key, value in raw.items() if key not in (*SECTIONS, "teacher")}
-    known = [*options_of(run_options), *SECTIONS, "teacher"]
+    own = {key: value for key, value in raw.items() if key not in (*SECTIONS, *OTHERS)}
+    known = [*options_of(run_options), *SECTIONS, *OTHERS]
     for key in [key for key in own if key not in known]:
         problems.append((key, f"unknown key; {_place(key) or suggest(key, known)}"))
         del own[key]
@@ -117,10 +141,12 @@ def resolve(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
         if section is None:
             problems.append((key, f'is missing; add "{key}": {{"name": ...}} ({suggest("", registry)})'))
             continue
-        values[key], found = registry.resolve(section)
+        values[key], found = resolve_loss(section) if key == "loss" else registry.resolve(section)
         problems += [(f"{key}.{path}".rstrip("."), text) for path, text in found]
     values["teacher"], found = resolve_teacher(raw.get("teacher"))
     problems += [(f"teacher.{path}".rstrip("."), text) for path, text in found]
+    values["unlabelled"], found = resolve_unlabelled(raw.get("unlabelled"))
+    problems += [(f"unlabelled.{path}".rstrip("."), text) for path, text in found]
     if not problems:
         problems += _contradictions(values)
     return values, problems
@@ -137,34 +163,108 @@ def _place(key: str) -> str:
     return ""
 
 
-def resolve_teacher(section: Any) -> tuple[dict[str, Any] | None, list[Problem]]:
-    """Checks a `teacher` section, or a text that stands for one, and fills in every default."""
-    if section is None:
+def resolve_teacher(value: Any) -> tuple[Any, list[Problem]]:
+    """Checks a `teacher` section, a text that stands for one, or a list of these, and fills in every default.
+
+    Returns:
+        The complete section, or the list of several, and every problem found, as (key below `teacher`, text).
+    """
+    if value is None:
         return None, []
+    if not isinstance(value, list) or len(value) == 1:
+        section, problems = _resolve_one_teacher(value[0] if isinstance(value, list) else value)
+        if not problems and section["weight"] != 1:
+            problems = [("weight", "there is one teacher; remove it")]
+        return section, problems
+    if not value:
+        return None, [("", "the list is empty; name at least one teacher")]
+    found = [_resolve_one_teacher(section) for section in value]
+    problems = [(f"{place}.{key}".rstrip("."), text) for place, (_, own) in enumerate(found) for key, text in own]
+    sections = [section for section, _ in found]
+    if not problems:
+        places: dict[tuple[str, str], int] = {}
+        for place, section in enumerate(sections):
+            first = places.setdefault((section["model_dir"], section["restore_file"]), place)
+            if first != place:
+                problems.append((f"{place}.model_dir", f"teacher {first} again; give that one more weight"))
+    return sections, problems
+
+
+def _resolve_one_teacher(section: Any) -> tuple[dict[str, Any], list[Problem]]:
     if isinstance(section, str):
         section = {"model_dir": section}
     if not isinstance(section, Mapping):
-        return None, [("", f'expected an experiment directory as text or {{"model_dir": ...}}, got {section!r}')]
+        return {}, [("", f'expected an experiment directory as text or {{"model_dir": ...}}, got {section!r}')]
     return check_options(section, teacher_options)
 
 
 def _contradictions(values: Mapping[str, Any]) -> Iterator[Problem]:
     """Yields what no single option shows."""
     try:
-        loss = LOSSES.create(values["loss"])
+        objective = create_objective(values["loss"], values["num_epochs"])
     except InputError as error:
         yield "loss", str(error)
         return
-    if loss.needs_teacher and values["teacher"] is None:
-        text = f'loss {values["loss"]["name"]!r} needs a teacher; add "teacher": "experiments/<its directory>"'
+    names = " and ".join(repr(name) for name in sections_of(values["loss"]))
+    if objective.needs_teacher and values["teacher"] is None:
+        text = f'loss {names} needs a teacher; add "teacher": "experiments/<its directory>"'
         yield "teacher", text
-    if loss.needs_teacher and (values["teacher"] or {}).get("cache", "off") != "off" and not loss.can_be_stored:
-        text = f'loss {values["loss"]["name"]!r} needs more of the teacher than can be kept in files; set it to "off"'
-        yield "teacher.cache", text
+    yield from _contradictions_of_several(values, objective)
+    kept = [key for key, section in _teachers(values) if section["cache"] != "off"]
+    if objective.needs_teacher and not objective.can_be_stored:
+        text = f'loss {names} needs more of the teacher than can be kept in files; set it to "off"'
+        yield from ((f"{key}.cache", text) for key in kept)
+    for label, section in sections_of(values["loss"]).items():
+        for number, peer in enumerate(section.get("peers") or []):
+            resolved, found = NETS.resolve(peer)
+            yield from ((f"loss.{label}.peers.{number}.{path}".rstrip("."), text) for path, text in found)
+            section["peers"][number] = resolved
+    if "strong_logits" in objective.needs and values["dataset"]["second_augmentation"] is None:
+        text = f"loss {names} compares two views of each image; name the transforms of the second, such as"
+        yield "dataset.second_augmentation", f'{text} ["crop", "horizontal_flip", "rand_augment"]'
+    if values["dataset"]["second_augmentation"] is not None and "strong_logits" not in objective.needs:
+        yield "dataset.second_augmentation", f"loss {names} looks at one view only; remove it"
+    if values["unlabelled"] is not None:
+        if objective.needs_labels:
+            yield "unlabelled", f"loss {names} has no use for images without labels; add one that has, such as kd"
+        for key in kept:
+            yield f"{key}.cache", 'answers for unlabelled images cannot be kept; set it to "off"'
+        if values["dataset"]["second_augmentation"] is not None:
+            yield "unlabelled", "its images have no second view; remove dataset.second_augmentation"
     for key in ("init", "init_from"):
         if values["student"].get("pretrained") and values["student"][key] not in ("default", None):
             yield f"student.{key}", "would overwrite the pretrained weights; remove one of the two"
     yield from check_optim(values["optimizer"], values["schedule"], values["num_epochs"])
+
+
+def _teachers(values: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Returns the resolved sections of the teachers, with their paths."""
+    teacher = values["teacher"]
+    if isinstance(teacher, list):
+        return [(f"teacher.{place}", section) for place, section in enumerate(teacher)]
+    return [] if teacher is None else [("teacher", teacher)]
+
+
+def _contradictions_of_several(values: Mapping[str, Any], objective: Objective) -> Iterator[Problem]:
+    """Yields what is wrong with several teachers together, or with what is said of several where there are none."""
+    number = len(_teachers(values))
+    if number < 2:
+        if values["combine_teachers"] != "probabilities":
+            yield "combine_teachers", f"there is {'one' if number else 'no'} teacher; remove it"
+        return
+    for label, loss in objective.parts():
+        if loss.needs_teacher and (more := sorted(loss.teacher_needs - COMBINABLE)):
+            what = " and ".join(WHAT[field] for field in more)
+            yield (
+                "teacher",
+                f"loss {label!r} reads {what}, which several teachers cannot give together; name one teacher",
+            )
+            return
+    if values["combine_teachers"] == "probabilities":
+        try:
+            objective.teacher_temperature  # noqa: B018
+        except InputError as error:
+            yield "combine_teachers", f'"probabilities" {error}; set them equal or combine "logits"'
 
 
 # --- the reference ----------------------------------------------------------------------------------------
@@ -173,7 +273,8 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[Problem]:
 def reference() -> str:
     """Returns the params.json reference as Markdown, made from signatures and docstrings."""
     parts = ["#### Top level", "", *_table(run_options), "", "#### `teacher`", "", *_table(teacher_options)]
-    for section, registry in {**SECTIONS, "dataset.augmentation": TRANSFORMS}.items():
+    parts += ["", "#### `unlabelled`", "", UNLABELLED, "", *_table(unlabelled_options)]
+    for section, registry in {**SECTIONS, "loss.weight": WEIGHTS, "dataset.augmentation": TRANSFORMS}.items():
         parts += ["", f"#### `{section}`", ""]
         if registry.common:
             parts += ["Every entry:", "", *_table(registry.common), ""]
@@ -184,6 +285,25 @@ def reference() -> str:
             parts.append(f"| `{shown}` | {_summary(entry)} | {options} |")
     parts += ["", "#### The ancestor's flat keys", "", *_table(flat_options)]
     return "\n".join(parts) + "\n"
+
+
+def methods() -> str:
+    """Returns a table of all losses as Markdown, made from their attributes and docstrings."""
+    lines = ["| name | what it is | reads | unlabelled images | usual weight | source |", "|:--|:--|:--|:-:|--:|:--|"]
+    for name, entry in LOSSES.items():
+        given: Any = entry
+        reads = ", ".join(field.replace("_", " ") for field in sorted(given.needs))
+        source = re.search(r"^Source: (.*?)(?=\n\n|\n\w+: |\Z)", inspect.getdoc(entry) or "", re.DOTALL | re.MULTILINE)
+        cells = [
+            f"`{name}`",
+            _summary(entry),
+            reads,
+            "" if given.needs_labels else "yes",
+            f"{given.usual_weight:g}",
+            " ".join(source[1].split()).replace("|", "\\|") if source else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _table(function: Callable[..., Any]) -> list[str]:
@@ -246,8 +366,11 @@ def _short(value: float) -> str:
 def json_schema() -> dict[str, Any]:
     """Returns a JSON Schema of params.json: each section is one of its entries, told apart by `name`."""
 
-    def section_schema(registry: Registry, name: str, entry: Callable[..., Any]) -> dict[str, Any]:
-        schema = options_model(*registry.functions(entry)).model_json_schema()
+    def section_schema(
+        registry: Registry, name: str, entry: Callable[..., Any], common: Callable[..., Any] | None = None
+    ) -> dict[str, Any]:
+        own, *others = registry.functions(entry)
+        schema = options_model(own, *([common] if common else others)).model_json_schema()
         named = {"pattern": f"^{name}.+"} if name.endswith("/") else {"const": name}
         schema["properties"] = {"name": {"type": "string", **named}, **schema.get("properties", {})}
         schema["required"] = ["name", *schema.get("required", [])]
@@ -259,8 +382,15 @@ def json_schema() -> dict[str, Any]:
         schema["properties"][section] = {"oneOf": [section_schema(registry, *item) for item in registry.items()]}
         if section not in DEFAULTS:
             schema["required"].append(section)
+    loss = schema["properties"]["loss"]
+    loss["oneOf"] = [*loss["oneOf"], {"type": "array", "minItems": 1, "items": {"oneOf": loss["oneOf"]}}]
+    sources = [section_schema(DATASETS, *item, unlabelled_options) for item in DATASETS.items()]
+    rest = options_model(unlabelled_options).model_json_schema()
+    rest["properties"]["name"] = {"const": REST}
+    schema["properties"]["unlabelled"] = {"oneOf": [{"const": REST}, {"type": "null"}, rest, *sources]}
     teacher = options_model(teacher_options).model_json_schema()
-    schema["properties"]["teacher"] = {"oneOf": [{"type": "string"}, {"type": "null"}, teacher]}
+    several = {"type": "array", "minItems": 1, "items": {"oneOf": [{"type": "string"}, teacher]}}
+    schema["properties"]["teacher"] = {"oneOf": [{"type": "string"}, {"type": "null"}, teacher, several]}
     return schema
 
 

@@ -19,7 +19,8 @@ from model.devices import autocast
 from model.errors import InputError, Notice
 from model.folding import cast_weights, fold_batch_norms
 from model.legacy import net_record
-from model.outputs import Batch, Outputs, outputs_of
+from model.outputs import Batch, Outputs, answers, features_of, outputs_of
+from model.taps import set_taps
 from model.teacher_store import StoreFullError, TeacherStore
 
 PENDING = 32  # batches whose answers wait to be written, so that a device is asked for them seldom
@@ -76,6 +77,17 @@ class FrozenTeacher(nn.Module):
             self.register_buffer("shift", (a - c) / d, persistent=False)
         self.train(False)
 
+    @property
+    def members(self) -> list[FrozenTeacher]:
+        """Those who answer: itself. Several together are an ensemble."""
+        return [self]
+
+    @staticmethod
+    def of(members: Sequence[FrozenTeacher]) -> FrozenTeacher:
+        """Returns what the same teacher is with other `members`: the only one of them."""
+        [teacher] = members
+        return teacher
+
     def train(self, mode: bool = True) -> FrozenTeacher:
         """Stays in eval mode, whatever a surrounding module asks for."""
         return super().train(False)
@@ -88,7 +100,7 @@ class FrozenTeacher(nn.Module):
     @torch.no_grad()
     def forward_with_features(self, images: Tensor) -> Outputs:
         with autocast(self.precision, images.device):
-            return self.net.forward_with_features(self._own_view(images))  # type: ignore[operator]
+            return features_of(self.net, self._own_view(images))
 
     def _own_view(self, images: Tensor) -> Tensor:
         return images if self.same_input else images * self.scale + self.shift
@@ -138,7 +150,7 @@ class FrozenTeacher(nn.Module):
     def compute(self, needs: frozenset[str], batch: Batch) -> Outputs:
         """Returns what the net makes of a batch; no store is asked."""
         self.num_computed += len(batch.labels)
-        return outputs_of(self, batch.images, needs)
+        return answers(partial(outputs_of, self), batch, needs)
 
 
 class _Recall:
@@ -220,7 +232,7 @@ def create_teacher(state: Mapping[str, Any], section: Mapping[str, Any], student
         given = section[key]
         if given is not None and len(given) != student["shape"][0]:
             raise InputError(
-                f"teacher.{key}: {len(given)} values for images of {student['shape'][0]} channels", "teacher"
+                f"{where}: {key}: {len(given)} values for images of {student['shape'][0]} channels", "teacher"
             )
         teacher[key] = list(teacher[key] if given is None else given)
     if teacher["num_classes"] != student["num_classes"]:
@@ -243,6 +255,8 @@ def create_teacher(state: Mapping[str, Any], section: Mapping[str, Any], student
             "teacher",
         )
     net = nets.restore({**state, "net": teacher}, where)
+    if section["stages"] is not None:
+        set_taps(net, section["stages"])
     name, constants = teacher["section"]["name"], (student["mean"], student["std"], teacher["mean"], teacher["std"])
     accuracy = state.get("metrics", {}).get("accuracy")
     return FrozenTeacher(net, *constants, name, fingerprint_of(state["state_dict"], teacher["section"]), accuracy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shlex
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment import read_status
-from utils import RunError, apply_overrides, flatten, read_json, set_option
+from utils import RunError, apply_overrides, flatten, read_json, set_option, teachers_of
 
 STATES = ("completed", "running", "pending", "interrupted", "stale", "pruned", "failed")
 SOURCES = ("val_best", "val_last", "test_best", "test_last")  # of metrics_<source>_weights.json
@@ -31,6 +32,7 @@ FLAT = {
     "augmentation": "dataset.augmentation",
     "num_workers": "dataset.num_workers",
 }
+JOINT = " + "  # between what several teachers have of an option
 SEARCH_LOG = "search_hyperparameters.log"
 MAX_FAULT = 200  # characters: a reason may quote what it found
 
@@ -146,9 +148,16 @@ def _from_flat(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sections(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns params with a teacher that is given as text in its long spelling."""
-    teacher = params.get("teacher")
-    return {**params, "teacher": {"model_dir": teacher}} if isinstance(teacher, str) else {**params}
+    """Returns params with teachers in their long spelling; several as one whose options are joined: `a + b`."""
+    teachers = [*teachers_of(params.get("teacher")).values()]
+    if not teachers or not all(isinstance(teacher, dict) for teacher in teachers):
+        return {**params}
+    options = {key: [teacher.get(key) for teacher in teachers] for key in dict.fromkeys(itertools.chain(*teachers))}
+    joined = {
+        key: values[0] if all(value == values[0] for value in values) else JOINT.join(str(_plain(v)) for v in values)
+        for key, values in options.items()
+    }
+    return {**params, "teacher": joined}
 
 
 def _plain(value: Any) -> str | int | float:
@@ -176,8 +185,9 @@ def compare_temperatures(rows: Sequence[Row]) -> list[str]:
         teacher, which = row.options.get("teacher.model_dir"), row.options.get("teacher.restore_file", "best")
         is_scored = is_number(row.options.get("loss.temperature")) and "val_best.accuracy" in row.metrics
         # Before a run, a flat params.json names a teacher's net, not its directory. A pruned run's score is early.
-        if is_scored and isinstance(teacher, str) and row.state not in ("pending", "pruned"):
-            groups.setdefault((teacher, which), []).append(row)
+        is_one = isinstance(teacher, str) and JOINT not in teacher  # several have no calibrated T together
+        if is_scored and is_one and row.state not in ("pending", "pruned"):
+            groups.setdefault((str(teacher), which), []).append(row)
     lines = []
     for (teacher, which), group in groups.items():
         scores: dict[float, list[float]] = {}

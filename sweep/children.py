@@ -21,7 +21,7 @@ from typing import Any
 from tabulate import tabulate
 
 import utils
-from experiment import MAY_CHANGE, REMOVED, is_locked
+from experiment import REMOVED, is_locked, may_change
 from sources import changed_sources, find_initial, find_teacher
 from sweep.launchers import base
 from sweep.space import Point, Search, child_params, child_seed, name_points, show
@@ -236,13 +236,18 @@ class Planner:
         present = read_json(child.dir / "params.json")
         child.is_written = present == child.params
         if not child.is_written:
-            found = utils.differences(self.as_sections(present), self.as_sections(child.params))
-            if changes := "; ".join(f"{key}: {change}" for key, change in found.items() if key not in MAY_CHANGE):
+            found = utils.differences(*(self._spelled_out(params) for params in (present, child.params)))
+            if changes := "; ".join(f"{key}: {change}" for key, change in found.items() if not may_change(key)):
                 return changes
             if not found:
                 child.params, child.is_written = present, True
         run = child.read_run()
         return changed_sources(run, self.as_sections(child.params)) if run.get("epoch") else ""
+
+    def _spelled_out(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        sections = self.as_sections(params)
+        utils.spell_out_teachers(sections)
+        return sections
 
 
 def table(children: Sequence[Child], rerun: str = "none", force: bool = False) -> str:
@@ -309,9 +314,7 @@ def check_sources(children: Sequence[Child], as_sections: AsSections = dict) -> 
     """
     sections = [as_sections(child.params) for child in children]
     for teacher in {json.dumps(section.get("teacher"), sort_keys=True) for section in sections}:
-        section = json.loads(teacher)
-        if section is not None:
-            section = {"model_dir": section} if isinstance(section, str) else section
+        for section in utils.teachers_of(json.loads(teacher)).values():
             find_teacher(Path(section["model_dir"]), section.get("restore_file", "best"))
     students = [section["student"] for section in sections if isinstance(section.get("student"), dict)]
     for path in {str(student["init_from"]) for student in students if student.get("init_from")}:

@@ -17,7 +17,7 @@ from fractions import Fraction
 from types import NoneType
 from typing import Any
 
-from utils import RunError, set_option
+from utils import RunError, set_option, spell_out_teachers
 
 Point = dict[str, Any]  # full dotted key -> value; an option whose condition does not hold is not in it
 When = Mapping[str, Sequence[Any]]  # full dotted key -> the values of it with which an option exists
@@ -327,8 +327,8 @@ def child_params(reference: Mapping[str, Any], point: Point, search: Search) -> 
 
 def set_value(params: dict[str, Any], key: str, value: Any) -> None:
     """Sets an option; of a teacher that is given by its directory alone, too."""
-    if key.startswith("teacher.") and isinstance(params.get("teacher"), str):
-        params["teacher"] = {"model_dir": params["teacher"]}
+    if key.startswith("teacher."):
+        spell_out_teachers(params)
     set_option(params, key, value)
 
 

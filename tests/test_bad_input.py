@@ -64,7 +64,7 @@ def refused(script: Script, folder: Path, *arguments: Any, tree: Path | None = N
         ({"loss": KD | {"divergence": "js"}, "teacher": "t"}, "loss.divergence", "'js' is not one of"),
         ({"loss": KD | {"teacher_noise_probability": 0}, "teacher": "t"}, "loss.teacher_noise_probability", "above 0"),
         ({"loss": {"name": "overhaul", "teacher_stages": [1]}, "teacher": "t"}, "loss", "are not of one length"),
-        ({"loss": {"name": "fitnets", "hint_weight": 0}, "teacher": "t"}, "loss.hint_weight", "0 is not above 0"),
+        ({"loss": [{"name": "fitnets", "student_stage": 0}]}, "loss.fitnets.student_stage", "0 is below 1"),
         ({"teacher": {"model_dir": "t", "std": [0.1, 0, 0.1]}}, "teacher.std.1", "0 is not above 0"),
         ({"schedule": {"name": "multistep", "milestones": []}}, "schedule.milestones", "[]"),
         ({"schedule": {"name": "step", "step_size": 1e-320}}, "schedule.step_size", "is below 1e-06"),
@@ -73,7 +73,7 @@ def refused(script: Script, folder: Path, *arguments: Any, tree: Path | None = N
         ({"student": {"name": "cnm"}}, "student.name", "unknown net 'cnm'; did you mean 'cnn'?"),
         ({"student": {"name": "torchvision/resnt50"}}, "student.name", "did you mean 'torchvision/resnet50'?"),
         ({"student": {"name": "os.system"}}, "student.name", "unknown net"),
-        ({"loss": {"name": "dk"}}, "loss.name", "unknown loss 'dk'; known: ce, "),
+        ({"loss": {"name": "xyz"}}, "loss.name", "unknown loss 'xyz'; known: ab, "),
         ({"dataset": {"name": "cifar1O"}}, "dataset.name", "did you mean 'cifar10'?"),
         ({"optimizer": {"name": "adm"}}, "optimizer.name", "did you mean 'adam'?"),
         ({"schedule": {"name": "cosin"}}, "schedule.name", "did you mean 'cosine'?"),
@@ -81,7 +81,7 @@ def refused(script: Script, folder: Path, *arguments: Any, tree: Path | None = N
         ({"student": "cnn"}, "student", 'expected {"name": ..., options}'),
         ({"student": {"name": 3}}, "student.name", "3 is not a name"),
         ({"loss": KD}, "teacher", "loss 'kd' needs a teacher"),
-        ({"loss": KD, "teacher": ["a", "b"]}, "teacher", "expected an experiment directory"),
+        ({"loss": KD, "teacher": ["a", 3]}, "teacher.1", "expected an experiment directory"),
         ({"loss": KD, "teacher": {"model_dir": 3}}, "teacher.model_dir", "expected text"),
         ({"schedule": {"warmup_epochs": 9}}, "schedule.warmup_epochs", "9 is above num_epochs, 2"),
         ({"__class__": 1, "save": 2}, "__class__", "unknown key"),
@@ -274,6 +274,70 @@ def test_a_directory_that_is_its_own_teacher_is_one_line(script: Script, make_ex
     (folder / "params.json").write_text(json.dumps(params))
     [line] = refused(script, folder)
     assert "the directory itself" in line
+
+
+# --- losses -------------------------------------------------------------------------------------------------
+
+ALL = {"name": "kd", "alpha": 1.0, "temperature": 4.0}
+KEPT = {"model_dir": "t", "cache": "lazy"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "told"),
+    [
+        ({"loss": [{"name": "ce"}, ALL | {"weight": -1}]}, "loss.kd.weight", "expected a number of at least 0, or"),
+        ({"loss": [{"name": "ce"}, ALL | {"temperature": 0}]}, "loss.kd.temperature", "0 is not above 0"),
+        ({"loss": [{"name": "ce"}, ALL | {"weight": {"name": "linear", "start": 0}}]}, "loss.kd.weight.end", "missing"),
+        ({"loss": [{"name": "ce", "weight": 0}, ALL | {"weight": 0}]}, "loss", "every weight is 0 (ce, kd)"),
+        ({"loss": []}, "loss", "the list is empty"),
+        ({"loss": {"name": "at"}}, "loss", 'nothing here trains the classifier; add the labels'),
+        ({"loss": [{"name": "ce"}, {"name": "at"}], "teacher": None}, "teacher", "needs a teacher"),
+        ({"loss": [{"name": "ce"}, {"name": "ft"}]}, "loss", "initial_epochs 30 is not below num_epochs, 2"),
+        ({"loss": [{"name": "ce"}, {"name": "at"}], "teacher": KEPT}, "teacher.cache", "needs more of the teacher"),
+        ({"loss": {"name": "mlkd"}}, "dataset.second_augmentation", "compares two views"),
+        ({"dataset": {"second_augmentation": "crop"}}, "dataset.second_augmentation", "looks at one view only"),
+        ({"loss": {"name": "ce"}, "unlabelled": "rest"}, "unlabelled", "has no use for images without labels"),
+        ({"loss": ALL, "unlabelled": {"name": "synthetik"}}, "unlabelled.name", "did you mean 'synthetic'?"),
+        ({"loss": [{"name": "ce"}, {"name": "dml", "peers": [{"name": "tinny"}]}]}, "loss.dml.peers.0.name", "'tiny'"),
+        ({"log_gradient_norms": 1}, "log_gradient_norms", "expected true or false"),
+    ],
+)  # fmt: skip
+def test_an_objective_that_cannot_be_is_one_line_before_any_work(
+    script: Script, make_experiment: Make, changes: dict[str, Any], key: str, told: str
+) -> None:
+    folder = make_experiment(**({"teacher": "t"} | changes))
+    [line] = refused(script, folder)
+    assert line.startswith(f"{folder}/params.json: {key}: ")
+    assert told in line
+
+
+@pytest.mark.parametrize(
+    ("loss", "told"),
+    [
+        ({"name": "fitnets", "student_stage": 7}, "student 'tiny' has no stage 7"),
+        ({"name": "at", "student_stages": [1], "teacher_stages": [9]}, "teacher 'tiny' has no stage 9"),
+        ({"name": "fsp", "initial_epochs": 1}, "must be as many"),
+    ],
+)
+def test_nets_that_do_not_give_what_a_method_needs_are_one_line_with_both_shapes(
+    script: Script, make_experiment: Make, teacher: Path, loss: dict[str, Any], told: str
+) -> None:
+    folder = make_experiment("student", teacher=str(teacher), loss=[{"name": "ce"}, loss], student={"width": 2})
+    [line] = refused(script, folder)
+    assert line.startswith(f"{folder}/params.json: ")
+    assert told in line
+    assert "student 'tiny' has 2x8x8, 4x4x4" in line
+    assert "teacher 'tiny' has 4x8x8, 8x4x4" in line
+
+
+def test_a_net_without_maps_before_the_activation_is_one_line(
+    script: Script, make_experiment: Make, teacher: Path
+) -> None:
+    loss = [{"name": "ce"}, {"name": "overhaul"}]
+    student = {"name": "torchvision/resnet18"}
+    folder = make_experiment("student", teacher=str(teacher), loss=loss, student=student)
+    [line] = refused(script, folder)
+    assert "student 'torchvision/resnet18' does not give them" in line
 
 
 # --- the other scripts ------------------------------------------------------------------------------------

@@ -145,6 +145,44 @@ def test_a_teacher_that_is_gone_does_not_hinder_the_scores(script: Script, pair:
     assert "teacher_kl" not in json.loads((student / "metrics_test_best_weights.json").read_text())
 
 
+@pytest.mark.parametrize("combine", ["probabilities", "logits"])
+def test_several_teachers_are_compared_with_together(
+    script: Script, make_experiment: Make, pair: tuple[Path, Path], combine: str
+) -> None:
+    first, second = pair
+    section = {"model_dir": str(second), "weight": 3}
+    dataset = {"num_classes": 8, "test_size": 80}
+    student = make_experiment(
+        "pupil", num_epochs=1, dataset=dataset, teacher=[str(first), section], loss=KD, combine_teachers=combine
+    )
+    assert script(train, "--model_dir", student).status == 0
+    sizes, answers = {}, {}
+    for folder in (first, second, student):
+        assert script(evaluate, "--model_dir", folder, "--save_predictions").status == 0
+        sizes[folder] = json.loads((folder / "metrics_test_best_weights.json").read_text())
+        answers[folder] = read_npz(folder / "predictions_test_best_weights.npz")
+    own, logits = sizes[student], {folder: table["logits"].astype(np.float64) for folder, table in answers.items()}
+    for size, name in (("parameters", "parameters"), ("macs", "macs")):
+        total = sizes[first][size] + sizes[second][size]
+        assert own[f"compression_{name}"] == pytest.approx(total / own[size])
+    expected = 0.25 * logits[first] + 0.75 * logits[second]
+    if combine == "probabilities":
+        raised = {folder: np.exp(values / 4) for folder, values in logits.items()}
+        shares = {folder: values / values.sum(1, keepdims=True) for folder, values in raised.items()}
+        expected = 4 * np.log(0.25 * shares[first] + 0.75 * shares[second])
+    np.testing.assert_allclose(answers[student]["teacher_logits"], expected, rtol=1e-3, atol=1e-3)
+    agreement = (logits[student].argmax(1) == expected.argmax(1)).mean()
+    assert own["teacher_agreement"] == pytest.approx(agreement)
+    script(evaluate, "--model_dir", student, "--split", "val")
+    scores = json.loads((student / "metrics_val_best_weights.json").read_text())
+    recorded = load_checkpoint(student / "best.pth.tar")[0]["metrics"]
+    assert {name: scores[name] for name in recorded} == pytest.approx(recorded, rel=1e-6)
+    assert script(train, "--model_dir", first, "--restart", "--seed", 9).status == 0
+    ended = script(evaluate, "--model_dir", student)
+    assert ended.status == 0
+    assert f"no comparison with the teacher: {first} has other weights than those that taught this run" in ended.err
+
+
 def test_an_evaluation_changes_nothing_but_its_own_files(script: Script, pair: tuple[Path, Path]) -> None:
     _, student = pair
     before = snapshot(student.parent)

@@ -28,11 +28,32 @@ import experiment
 import train
 import utils
 from checkpoint import load_checkpoint
-from experiment import Experiment, is_locked, read_status
+from experiment import Experiment, is_locked, may_change, read_status
 from report.collect import collect
 from utils import Params, RunError
 
 STATE = {"epoch": 3, "step": 0, "net": {"section": {"name": "tiny"}}, "state_dict": {"weight": torch.arange(300.0)}}
+
+
+# --- what may differ --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "may"),
+    [
+        ("teacher.model_dir", True),
+        ("teacher.0.model_dir", True),
+        ("teacher.12.cache", True),
+        ("teacher.0.top_k", False),
+        ("teacher.0.restore_file", False),
+        ("teacher.0.weight", False),
+        ("combine_teachers", False),
+        ("loss.0.model_dir", False),
+        ("num_epochs", True),
+    ],
+)
+def test_where_teachers_are_may_change_and_how_they_answer_may_not(key: str, may: bool) -> None:
+    assert may_change(key) == may
 
 
 # --- resume under damage ----------------------------------------------------------------------------------

@@ -20,10 +20,14 @@ from sweep.space import cover, grid
 from utils import flatten, read_json
 
 FOLDER = ROOT / "experiments"
+GENERATED = "cifar100/"  # hundreds of directories that a script writes: see test_recipes.py
 
 EXPERIMENTS = {
     "README.md": """
         base_resnet20 cnn_distill_resnet20 cnn_distill_tpe demo/alpha_temp demo/student demo/student_kd demo/teacher
+        takd/teacher takd/assistant takd/student takd/student_direct
+        born_again/gen0 born_again/gen1 born_again/gen2 born_again/gen3 born_again/ensemble
+        ensemble_kd dml/resnet20 tfkd/resnet20
     """,
     "s004.md": """
         base_cnn base_cnn/noaug_nodrop base_cnn/nodropout base_cnn_subset
@@ -89,9 +93,13 @@ SEARCHES = {
 
 @cache
 def committed(file: str = "params.json") -> tuple[str, ...]:
-    """Returns the directories below experiments/ that have such a file; git ignores a search's children."""
+    """Returns the directories below experiments/ that have such a file; git ignores a search's children.
+
+    Those that a script writes are left out.
+    """
     ends = (name for name in committed_files() if name.startswith("experiments/") and name.endswith(f"/{file}"))
-    return tuple(sorted(name.removeprefix("experiments/").removesuffix(f"/{file}") for name in ends))
+    found = sorted(name.removeprefix("experiments/").removesuffix(f"/{file}") for name in ends)
+    return tuple(name for name in found if not name.startswith(GENERATED))
 
 
 @cache
@@ -162,7 +170,8 @@ def test_the_five_seeds_of_seed_000_make_80_runs() -> None:
 @pytest.mark.parametrize("name", committed())
 def test_teachers_and_initial_weights_are_experiments_here_on_the_same_images(name: str) -> None:
     own = params(name)
-    for key in ("teacher.model_dir", "student.init_from"):
+    teachers = [key for key in own if re.fullmatch(r"teacher\.(\d+\.)?model_dir", key)]
+    for key in (*teachers, "student.init_from"):
         if own.get(key):
             other = params(own[key].removeprefix("experiments/"))
             pair = {own["dataset.name"], other["dataset.name"]}
@@ -340,9 +349,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "s002/effnetb0_overhaul_resnet152": {
         **RECIPE_002,
         "teacher.model_dir": "experiments/s002/teacher_resnet152",
-        "loss.name": "overhaul",
-        "loss.feature_weight": 1e-3,
-        "loss.teacher_statistics": "batch",
+        "loss.ce.name": "ce",
+        "loss.overhaul.name": "overhaul",
+        "loss.overhaul.weight": 1e-3,
+        "loss.overhaul.teacher_statistics": "batch",
     },
     "s002/imagenet/teacher_resnet152": {**no_teacher(), "num_epochs": 0, "student.name": "torchvision/resnet152"},
     "s002/imagenet/effb0_kd_resnet152": {
@@ -441,7 +451,7 @@ def test_the_published_settings_are_kept(name: str) -> None:
     assert {key: own.get(key) for key in PUBLISHED[name]} == PUBLISHED[name]
 
 
-@pytest.mark.parametrize("name", committed())
+@pytest.mark.parametrize("name", [name for name in committed() if not name.startswith("born_again/")])
 def test_the_seed_is_the_published_one_or_the_default(name: str) -> None:
     assert params(name)["seed"] == (42 if name.startswith("s003/") else 0 if "/todo_" in name else 230)
 
@@ -462,7 +472,7 @@ GRIDS: dict[str, dict[str, list[Any]]] = {
     "s001/tbd_T": {"temperature": [0.5, 1, 3, 5, 7, 10]},
     "s001/tbd_T_t2": {"temperature": [0.5, 1, 3, 5, 7, 10]},
     "s001/tbd_alpha": {"alpha": [0, 0.3, 0.5, 0.7, 1]},
-    "s002/search_feature_weight": {"feature_weight": [1e-3, 1e-4, 1e-5, 1e-6]},
+    "s002/search_feature_weight": {"loss.overhaul.weight": [1e-3, 1e-4, 1e-5, 1e-6]},
 }
 
 
@@ -511,9 +521,43 @@ def test_the_five_seeds_of_seed_000_are_its_16_runs() -> None:
     assert sorted(map(repr, found)) == sorted(map(repr, wanted))
 
 
+# --- chains -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "teachers"),
+    [
+        ("takd/teacher", []),
+        ("takd/assistant", ["takd/teacher"]),
+        ("takd/student", ["takd/assistant"]),
+        ("takd/student_direct", ["takd/teacher"]),
+        ("born_again/gen0", []),
+        *((f"born_again/gen{generation}", [f"born_again/gen{generation - 1}"]) for generation in (1, 2, 3)),
+        ("born_again/ensemble", [f"born_again/gen{generation}" for generation in (1, 2, 3)]),
+        ("ensemble_kd", ["takd/teacher", "base_resnet18"]),
+        ("dml/resnet20", []),
+        ("tfkd/resnet20", []),
+    ],
+)
+def test_chains_name_each_other_and_have_one_recipe(name: str, teachers: list[str]) -> None:
+    own, base = params(name), params("base_resnet20")
+    named = [value for key, value in own.items() if re.fullmatch(r"teacher\.(\d+\.)?model_dir", key)]
+    assert named == [f"experiments/{teacher}" for teacher in teachers]
+    shared = [key for key in base if key.startswith(("dataset.", "optimizer.", "schedule."))]
+    assert {key: own[key] for key in shared} == {key: base[key] for key in shared}
+    assert own["num_epochs"] == 160
+    assert own["combine_teachers"] == "probabilities"
+
+
+def test_generations_are_of_one_net_and_begin_with_weights_of_their_own() -> None:
+    generations = [params(f"born_again/{name}") for name in ("gen0", "gen1", "gen2", "gen3", "ensemble")]
+    assert {own["student.name"] for own in generations} == {"resnet32"}
+    assert len({own["seed"] for own in generations}) == 5
+
+
 # --- the documents ----------------------------------------------------------------------------------------
 
-DOCUMENTS = ["docs/seeds.md", *(f"experiments/{name}" for name in EXPERIMENTS)]
+DOCUMENTS = ["docs/seeds.md", "experiments/cifar100/README.md", *(f"experiments/{name}" for name in EXPERIMENTS)]
 
 
 def words(document: str) -> list[str]:

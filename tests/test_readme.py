@@ -26,6 +26,17 @@ def parts() -> tuple[str, str, str]:
     return before, reference, after
 
 
+METHODS = ROOT / "docs" / "methods.md"
+BEGIN_METHODS, END_METHODS = "<!-- methods: made by `make readme` -->\n", "<!-- end of methods -->\n"
+
+
+def methods_parts() -> tuple[str, str, str]:
+    """Returns docs/methods.md before, within and after its table."""
+    before, rest = METHODS.read_text().split(BEGIN_METHODS)
+    table, after = rest.split(END_METHODS)
+    return before, table, after
+
+
 def commands() -> list[list[str]]:
     """Returns the commands in the shell blocks of README.md and docs/searches.md that start a script of ours."""
     documents = README.read_text() + (ROOT / "docs/searches.md").read_text()
@@ -38,6 +49,32 @@ def test_the_reference_is_that_of_the_signatures() -> None:
     from model import schema
 
     assert parts()[1] == schema.reference(), "run `make readme`"
+
+
+def test_the_table_of_methods_is_that_of_their_attributes_and_docstrings() -> None:
+    from model import schema
+    from model.losses import LOSSES
+
+    table = methods_parts()[1]
+    assert table == schema.methods(), "run `make readme`"
+    for name in LOSSES:
+        [row] = [line for line in table.splitlines() if line.startswith(f"| `{name}` |")]
+        assert len([cell for cell in row.split(" | ") if cell.strip(" |")]) >= 5, "each has a summary and a source"
+
+
+@pytest.mark.parametrize("section", ["loss", "teacher", "unlabelled", "dataset", "student"])
+def test_the_sections_that_docs_methods_shows_pass_the_check(section: str) -> None:
+    from model import schema
+
+    blocks = re.findall(r"```json\n(.*?)```", METHODS.read_text(), re.DOTALL)
+    shown = [json.loads(f"{{{block}}}") for block in blocks]
+    assert any(section in params for params in shown)
+    reference = json.loads((ROOT / "experiments/cnn_distill_resnet20/params.json").read_text())
+    for params in (params for params in shown if section in params):
+        merged = {**reference, **params}
+        if params.get("loss") and "dml" in json.dumps(params):
+            del merged["teacher"]
+        assert schema.resolve(merged)[1] == []
 
 
 def test_every_registered_entry_is_in_the_reference() -> None:
@@ -86,7 +123,7 @@ def test_the_search_json_that_is_explained_can_be_read(tmp_path: Path) -> None:
 
 
 def test_links_lead_to_files_that_exist() -> None:
-    for document in ("README.md", "CONTRIBUTING.md", "docs/searches.md", "docs/clusters.md"):
+    for document in ("README.md", "CONTRIBUTING.md", "docs/searches.md", "docs/clusters.md", "docs/methods.md"):
         for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text()):
             assert (ROOT / document).parent.joinpath(target).exists(), f"{document}: {target}"
 
@@ -103,5 +140,7 @@ if __name__ == "__main__":
     from model import schema
 
     before, _, after = parts()
+    before_methods, _, after_methods = methods_parts()
     if "--write" in sys.argv:
         README.write_text(before + BEGIN + schema.reference() + END + after)
+        METHODS.write_text(before_methods + BEGIN_METHODS + schema.methods() + END_METHODS + after_methods)

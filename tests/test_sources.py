@@ -68,6 +68,30 @@ def test_other_initial_weights_or_none_are_others(student: Path, teacher: Path) 
     assert changes(student) == told
 
 
+def test_of_several_teachers_those_with_other_weights_are_named(
+    script: Script, make_experiment: Make, student: Path, teacher: Path
+) -> None:
+    other, third = (make_experiment(name, num_epochs=0, seed=seed) for name, seed in (("other", 5), ("third", 6)))
+    for folder in (other, third):
+        assert script(train, "--model_dir", folder).status == 0
+    first, second, last = (load_checkpoint(folder / "best.pth.tar")[1] for folder in (teacher, other, third))
+    run = {"teacher": f"{first}+{second}"}
+
+    def told(*teachers: Any) -> str:
+        return changed_sources(run, {"teacher": [*teachers]})
+
+    assert told(str(teacher), {"model_dir": str(other)}) == ""
+    assert told(str(other), str(teacher)) == (
+        "teacher.0.model_dir and teacher.1.model_dir: other weights than it was trained with"
+    )
+    assert told(str(teacher), str(third)) == "teacher.1.model_dir: other weights than it was trained with"
+    assert told(str(teacher), "nowhere") == ""  # not told here
+    assert told(str(teacher)) == "teacher: other weights than it was trained with"
+    assert told(str(teacher), str(other), str(third)) == "teacher: other weights than it was trained with"
+    run["teacher"] += f"+{last}"
+    assert told(str(teacher), str(other), str(third)) == ""
+
+
 def test_both_are_told_in_one_line(script: Script, student: Path, teacher: Path) -> None:
     script(train, "--model_dir", teacher, "--restart", "--seed", 9)
     told = "teacher.model_dir and student.init_from: other weights than it was trained with"

@@ -130,10 +130,42 @@ def test_the_teachers_directory_takes_options_of_its_section(
     assert "teacher.cache_dtype: 'fp8' is not one of" in ended.err
 
 
+def test_the_commands_are_about_each_of_several_teachers(
+    script: Script, make_experiment: Make, teacher: Path, tmp_path: Path
+) -> None:
+    other = make_experiment("other", num_epochs=0, seed=5)
+    assert script(train, "--model_dir", other).status == 0
+    sections = [str(teacher), {"model_dir": str(other), "cache_dtype": "fp32"}]
+    student = make_experiment("student", teacher=sections, loss=KD, dataset={"augmentation": "none"})
+    assert script(stores, "fill", student).out.splitlines()[-1] == f"{2 * 160} answers computed"
+    assert script(stores, "fill", student).out.splitlines()[-1] == "0 answers computed"
+    assert script(stores, "fill", other, "--overrides", "dataset.augmentation=none").out.splitlines()[-1] == (
+        "160 answers computed"  # its own directory would keep them in fp16
+    )
+    out = script(stores, "status", student).out
+    assert out.count("| 160 of 160 |") == 3
+    assert out.count("| yes      |") == 3
+    ended = script(stores, "verify", student, "--fraction", 1)
+    assert ended.status == 0
+    for folder in (teacher, other):
+        [line] = [line for line in ended.out.splitlines() if line.startswith(str(folder / "store"))]
+        assert "160 answers computed again" in line
+    assert script(train, "--model_dir", other, "--restart", "--seed", 6).status == 0
+    assert script(stores, "status", student).out.count("no: other weights") == 2
+    assert script(stores, "gc", student).status == 0
+    assert (len(stores_in(teacher / "store")), len(stores_in(other / "store"))) == (1, 0)
+    assert script(stores, "gc", student, "--all").status == 0
+    assert snapshot(teacher / "store") == {}
+    ended = script(stores, "fill", student, "--overrides", f"teacher.1.cache_dir={tmp_path / 'elsewhere'}")
+    assert ended.out.splitlines()[-1] == f"{2 * 160} answers computed"
+    assert len(list((tmp_path / "elsewhere").glob("other-*/*/*.rows"))) == 1
+
+
 def test_what_cannot_be_stored_is_one_line(script: Script, make_student: Make) -> None:
-    ended = script(stores, "fill", make_student("hints", loss={"name": "fitnets"}))
+    ended = script(stores, "fill", make_student("hints", loss=[{"name": "ce"}, {"name": "fitnets"}]))
     assert ended.status == 2
-    assert "loss 'fitnets' needs more of the teacher than can be stored" in ended.err.splitlines()[-1]
+    [line] = ended.err.splitlines()[-1:]
+    assert "loss 'fitnets' needs more of the teacher than can be stored" in line
 
 
 def test_verify_of_nothing_is_no_success(script: Script, make_student: Make) -> None:

@@ -29,7 +29,7 @@ ALLOWED = {
     **{script: OURS - set(SCRIPTS) for script in SCRIPTS},
 }
 # inside model/: a part may import those below it
-BOTTOM = {"registry", "outputs", "errors", "rng", "plugins", "legacy", "devices", "parallel"}
+BOTTOM = {"registry", "outputs", "errors", "rng", "plugins", "legacy", "devices", "parallel", "taps", "projected"}
 PARTS = {
     **dict.fromkeys(BOTTOM, BOTTOM),
     "nets": BOTTOM,
@@ -40,8 +40,9 @@ PARTS = {
     "folding": BOTTOM,
     "teacher_store": BOTTOM,
     "teacher": {*BOTTOM, "nets", "folding", "teacher_store"},
+    "ensemble": {*BOTTOM, "losses", "teacher"},
     "sizes": {*BOTTOM, "nets", "metrics"},
-    "engine": {*BOTTOM, "nets", "losses", "data", "optim", "teacher"},
+    "engine": {*BOTTOM, "nets", "losses", "data", "optim", "teacher", "ensemble"},
     "schema": {*BOTTOM, "nets", "losses", "data", "optim"},
 }
 
@@ -93,7 +94,7 @@ def test_torch_is_not_loaded_by_what_does_not_need_it(module: str) -> None:
 
 @pytest.mark.parametrize("module", ["train", "evaluate"])
 def test_training_loads_no_package_before_it_is_needed(module: str) -> None:
-    heavy = ("torchvision", "pandas", "sklearn", "scipy", "tensorboardX", "matplotlib")
+    heavy = ("torchvision", "timm", "pandas", "sklearn", "scipy", "tensorboardX", "matplotlib")
     code = f"import sys, {module}; print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -101,7 +102,7 @@ def test_training_loads_no_package_before_it_is_needed(module: str) -> None:
 
 def test_every_test_file_mirrors_a_source_file() -> None:
     about_the_whole = {"test_structure", "test_readme", "test_experiments", "test_bad_input", "test_net_contracts"}
-    about_the_whole |= {"test_net_sizes", "test_upstream_nets", "test_loss_contracts"}
+    about_the_whole |= {"test_recipes", "test_net_sizes", "test_upstream_nets", "test_loss_contracts", "test_traps"}
     for path in (ROOT / "tests").rglob("test_*.py"):
         if path.stem not in about_the_whole:
             mirrored = path.relative_to(ROOT / "tests").with_name(path.name.removeprefix("test_"))

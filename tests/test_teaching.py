@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
 
@@ -234,9 +235,10 @@ def test_answers_of_another_length_live_beside_each_other(
 
 
 def test_a_loss_that_needs_feature_maps_has_no_store(script: Script, make_student: Make) -> None:
-    ended = script(train, "--check", "--model_dir", make_student("hints", {"cache": "lazy"}, loss={"name": "fitnets"}))
+    loss = [{"name": "ce"}, {"name": "fitnets"}]
+    ended = script(train, "--check", "--model_dir", make_student("hints", {"cache": "lazy"}, loss=loss))
     assert ended.status == 2
-    assert "teacher.cache: loss 'fitnets' needs more of the teacher than can be kept" in ended.err
+    assert "teacher.cache: loss 'ce' and 'fitnets' needs more of the teacher than can be kept" in ended.err
 
 
 # --- room -----------------------------------------------------------------------------------------------------
@@ -315,6 +317,70 @@ def test_a_fast_teacher_that_scores_otherwise_is_not_used(
     assert "so it computes in fp32, as it was trained" in ended.err
     for a, b in zip(read_journal(plain), read_journal(other), strict=True):
         assert b["train"]["loss"] == pytest.approx(a["train"]["loss"], rel=1e-4)
+
+
+# --- what a teacher does here and in its own run --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("here", "own", "num_samples", "level"),
+    [
+        (0.4012, 0.8634, 5000, WARNING),
+        (0.8634, 0.4012, 5000, WARNING),
+        (0.86, 0.86, 5000, INFO),
+        (0.85, 0.8634, 5000, INFO),  # 1.9 standard errors
+        (0.84, 0.8634, 5000, WARNING),  # 3.3 of them, 2.3 points
+        (0.9850, 0.9999, 100_000, INFO),  # no chance, but less than 2 points
+        (0.60, 0.86, 16, INFO),  # 1.7 standard errors of 16 images
+        (0.20, 0.86, 16, WARNING),
+        (1.0, 1.0, 16, INFO),
+        (0.0, 1.0, 16, WARNING),
+    ],
+)
+def test_a_teacher_that_cannot_by_chance_do_otherwise_than_in_its_own_run_is_warned_of(
+    here: float, own: float, num_samples: int, level: int
+) -> None:
+    teacher = FrozenTeacher(torch.nn.Identity(), name="cnn", accuracy=own)
+    found, line = teaching.compared(teacher, "experiments/x", here, num_samples)
+    assert found == level
+    assert line.startswith(f"teacher experiments/x: cnn, val accuracy {here:.4f} here, {own:.4f} in its own run")
+    assert ("too different to be chance; " in line) == (level == WARNING)
+    assert ("is it the right dataset, normalisation and class order?" in line) == (level == WARNING and here < own)
+    assert ("has it been trained on images that this run validates on" in line) == (level == WARNING and here > own)
+    # The other way round: a difference of two proportions of so many samples each, in standard errors.
+    p, q = here * num_samples, own * num_samples
+    pooled = (p + q) / (2 * num_samples)
+    error = (pooled * (1 - pooled) * (1 / num_samples + 1 / num_samples)) ** 0.5
+    assert (level == WARNING) == (abs(here - own) > 3 * error and abs(here - own) > 0.02)
+
+
+def test_of_a_teacher_from_elsewhere_only_what_it_does_here_is_known() -> None:
+    found = teaching.compared(FrozenTeacher(torch.nn.Identity(), name="cnn"), "experiments/x", 0.5, 16)
+    assert found == (INFO, "teacher experiments/x: cnn, val accuracy 0.5000 here")
+
+
+def test_a_run_with_a_teacher_of_another_normalisation_says_so_at_its_start(
+    script: Script, make_experiment: Make
+) -> None:
+    images = {"train_size": 240, "val_fraction": 0.25}
+    good = make_experiment("good", num_epochs=4, student={"width": 8}, dataset=images)
+    assert script(train, "--model_dir", good).status == 0
+    own = load_checkpoint(good / "best.pth.tar")[0]["metrics"]["accuracy"]
+    assert own > 0.6
+    wrong = {"mean": [9.0, -9.0, 5.0]}
+    ways: list[tuple[str, dict[str, Any], bool]] = [
+        ("fits", {}, False),
+        ("wrong", wrong, True),
+        ("again", {"cache": "lazy"} | wrong, True),
+    ]
+    for name, options, warned in (*ways, ("remembered", {"cache": "lazy"} | wrong, True)):
+        section = {"model_dir": str(good), **options}
+        student = make_experiment(name, num_epochs=0, teacher=section, dataset=images, loss=KD)
+        ended = script(train, "--model_dir", student)
+        assert ended.status == 0
+        [line] = [line for line in (ended.out + ended.err).splitlines() if f"{own:.4f} in its own run" in line]
+        assert ("too different to be chance" in line) == warned
+        assert (line in ended.err) == warned
 
 
 def test_evaluate_finds_what_a_run_with_a_store_found(script: Script, make_student: Make) -> None:
@@ -443,3 +509,75 @@ def test_images_that_were_changed_in_place_are_other_images(
         changed = tmp_path / "images" / "train" / "ant" / "3.bmp"  # of the same size
         if name == "second":
             Image.fromarray(np.full((16, 16, 3), 200, np.uint8)).save(changed)
+
+
+# --- several teachers -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def teachers(script: Script, make_experiment: Make) -> list[Path]:
+    """Two kept nets of other widths and weights."""
+    folders = [
+        make_experiment(f"teacher{width}", num_epochs=0, seed=width, student={"width": width}) for width in (8, 6)
+    ]
+    for folder in folders:
+        assert script(train, "--model_dir", folder).status == 0
+    return folders
+
+
+@pytest.fixture
+def make_pupil(make_experiment: Make, teachers: list[Path]) -> Make:
+    """Writes a student of both: `make_pupil("a", {"cache": "lazy"}, {}, seed=2)` has options for each of them."""
+
+    def make(name: str, first: dict[str, Any], second: dict[str, Any], **changes: Any) -> Path:
+        pairs = zip(teachers, (first, second), strict=True)
+        sections = [{"model_dir": str(folder), **options} for folder, options in pairs]
+        return make_experiment(name, teacher=sections, loss=KD, **changes)
+
+    return make
+
+
+EXACT = {"cache": "lazy", "cache_dtype": "fp32"}
+
+
+def test_what_is_kept_of_each_of_two_teachers_is_bitwise_asking_both(
+    script: Script, make_pupil: Make, teachers: list[Path], asked: list[int]
+) -> None:
+    plain = make_pupil("plain", {}, {})
+    assert script(train, "--model_dir", plain).status == 0
+    for name, options, kept in (("cold", (EXACT, EXACT), 2), ("warm", (EXACT, EXACT), 2), ("one", (EXACT, {}), 1)):
+        asked.clear()
+        stored = make_pupil(name, *options)
+        ended = script(train, "--model_dir", stored)
+        assert ended.status == 0, ended
+        assert same(plain, stored), name
+        assert json.loads((stored / "run.json").read_text())["attempts"][-1]["answers"] == (
+            "fp32+fp32" if kept == 2 else "fp32+as computed"
+        )
+        if name == "warm":
+            assert asked == []
+            assert "the teacher was asked for 0 answers; the others had been kept" in ended.out
+        if name == "one":  # the other's: 2 epochs, validated before and after
+            assert sum(asked) == 2 * 144 + 3 * 16
+    for folder in teachers:
+        assert len(stores_in(folder / "store")) == 1
+        assert len(list((folder / "store").glob("accuracy_*.json"))) == 1
+
+
+def test_only_the_stores_that_are_to_be_full_are_filled_before_training(
+    script: Script, make_pupil: Make, asked: list[int]
+) -> None:
+    flips = {"dataset": {"augmentation": "flip"}, "num_epochs": 1}
+    assert script(train, "--model_dir", make_pupil("first", {"cache": "full"}, {"cache": "lazy"}, **flips)).status == 0
+    assert sum(asked) == (144 * 2 + 16) + (144 + 16)
+
+
+def test_what_is_kept_of_one_teacher_in_part_decides_what_a_run_is(script: Script, make_pupil: Make) -> None:
+    student = make_pupil("student", {"cache": "lazy"}, {"cache": "lazy", "top_k": 2}, num_epochs=1)
+    assert script(train, "--model_dir", student).status == 0
+    assert json.loads((student / "run.json").read_text())["answers"] == "all+top 2"
+    ended = script(train, "--model_dir", student, "--overrides", "teacher.1.cache=off", "num_epochs=2")
+    assert ended.status == 2
+    assert "the part of the teacher's answers that is kept" in ended.err
+    overrides = ["--overrides", "teacher.0.cache=off", "num_epochs=2"]  # all of its answers count, kept or not
+    assert script(train, "--model_dir", student, *overrides).status == 0

@@ -88,7 +88,7 @@ def test_a_student_is_distilled_from_another_directory(script: Script, make_expe
     assert snapshot(teacher) == frozen
     assert "loss: CE x 0.1 + KL x 0.9 x 16" in ended.out
     own = load_checkpoint(teacher / "best.pth.tar")[0]["metrics"]["accuracy"]
-    assert f"teacher {teacher}: tiny, val accuracy {own:.4f} in its own run" in ended.out
+    assert f"teacher {teacher}: tiny, val accuracy {own:.4f} here, {own:.4f} in its own run" in ended.out
     assert f"val accuracy {own:.4f} here, {own:.4f} as it was trained" in ended.out  # on the same validation images
     for record in read_journal(student):
         for split in ("train", "val"):
@@ -187,7 +187,7 @@ def test_an_override_may_name_an_option_of_a_section_left_out(script: Script, ma
     )
     assert ended.status == 0
     params = json.loads((folder / "run.json").read_text())["params"]
-    assert params["loss"] == {"name": "ce", "label_smoothing": 0.1}
+    assert params["loss"] == {"name": "ce", "label_smoothing": 0.1, "weight": 1.0}
     assert (params["schedule"]["name"], params["schedule"]["warmup_epochs"]) == ("constant", 1)
 
 
@@ -271,6 +271,60 @@ def test_a_chain_of_teachers_is_trained_from_its_end_and_a_circle_is_refused(
     assert "break the circle" in ended.err
 
 
+def test_three_generations_are_trained_from_nothing_each_from_the_one_before(
+    script: Script, make_experiment: Make
+) -> None:
+    first = make_experiment("gen0", num_epochs=1)
+    second = make_experiment("gen1", num_epochs=1, seed=2, teacher=str(first), loss=KD)
+    third = make_experiment("gen2", num_epochs=1, seed=3, teacher=str(second), loss=KD)
+    last = make_experiment("ensemble", num_epochs=1, teacher=[str(second), str(third)], loss=KD)
+    ended = script(train, "--model_dir", last, "--train_teacher")
+    assert ended.status == 0, ended
+    order = [line for line in ended.out.splitlines() if line.startswith("first the teacher, ")]
+    assert order == [f"first the teacher, {folder}" for folder in (second, first, third)]
+    for student, teachers in ((second, [first]), (third, [second]), (last, [second, third])):
+        run = json.loads((student / "run.json").read_text())
+        assert run["status"] == "completed"
+        assert run["teacher"] == "+".join(load_checkpoint(teacher / "best.pth.tar")[1] for teacher in teachers)
+    before = {folder: (folder / "last.pth.tar").read_bytes() for folder in (first, second, third)}
+    assert script(train, "--model_dir", last, "--restart", "--train_teacher").status == 0
+    assert {folder: (folder / "last.pth.tar").read_bytes() for folder in before} == before
+
+
+def test_of_a_chain_the_link_that_is_missing_is_named(script: Script, make_experiment: Make, tmp_path: Path) -> None:
+    teacher = make_experiment("teacher", num_epochs=0)
+    assistant = make_experiment("assistant", num_epochs=0, teacher=str(teacher), loss=KD)
+    student = make_experiment("student", num_epochs=0, teacher=str(assistant), loss=KD)
+    assert script(train, "--model_dir", teacher).status == 0
+    ended = script(train, "--model_dir", student)
+    assert ended.status == 2
+    assert ended.err.startswith(f"teacher {assistant} has no best.pth.tar; train it with: ")
+    assert "--train_teacher" in ended.err
+    assert ended.err.count("\n") == 1
+    orphan = make_experiment("orphan", num_epochs=0, teacher=str(tmp_path / "nowhere"), loss=KD)
+    last = make_experiment("last", num_epochs=0, teacher=[str(teacher), str(orphan)], loss=KD)
+    ended = script(train, "--model_dir", last, "--train_teacher")
+    assert ended.status == 2
+    assert ended.err == (
+        f"teacher {tmp_path / 'nowhere'} does not exist or has no params.json; name an experiment directory\n"
+    )
+    assert [read_status(folder) for folder in (orphan, last)] == ["pending"] * 2
+
+
+def test_a_circle_over_three_directories_is_refused_and_none_of_them_is_trained(
+    script: Script, make_experiment: Make, tmp_path: Path
+) -> None:
+    other = str(make_experiment("other", num_epochs=0))
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    for name, teacher in (("a", [other, b]), ("b", c), ("c", [a, other])):
+        make_experiment(name, num_epochs=0, teacher=teacher, loss=KD)
+    for folder in (a, b, c):
+        ended = script(train, "--model_dir", folder, "--train_teacher")
+        assert ended.status == 2
+        assert ended.err == f"teacher {folder} is taught by its own student; break the circle\n"
+    assert [read_status(Path(folder)) for folder in (a, b, c)] == ["pending"] * 3
+
+
 def test_a_teachers_own_failure_ends_its_students_command(script: Script, make_experiment: Make) -> None:
     teacher = make_experiment("teacher", optimizer={"name": "adam", "learning_rate": -1})
     student = make_experiment("student", teacher=str(teacher), loss=KD)
@@ -319,15 +373,37 @@ def test_a_signal_in_mid_epoch_saves_and_the_same_command_ends_with_the_same_bit
 ELABORATE = {
     "overhaul, freeze, momentum reset": {
         "student": {"freeze": ["conv1"], "freeze_bn": True, "init_from": "TEACHER"},
-        "loss": {"name": "overhaul", "feature_weight": 1e-4},
+        "loss": [{"name": "ce"}, {"name": "overhaul", "weight": 1e-4}],
         "optimizer": {"name": "sgd", "learning_rate": 0.01},
         "schedule": {"name": "multistep", "milestones": [1, 3], "reset_momentum": True},
     },
     "fitnets, plateau, rmsprop": {
-        "loss": {"name": "fitnets", "hint_weight": 1.0},
+        "loss": [{"name": "ce"}, {"name": "fitnets", "weight": 1.0}],
         "optimizer": {"name": "rmsprop", "learning_rate": 0.01},
         "schedule": {"name": "plateau", "patience": 0, "metric": "val.accuracy"},
     },
+    "memories, a weight that rises": {
+        "loss": [
+            {"name": "ce"},
+            {"name": "crd", "negatives": 32, "weight": {"name": "linear", "start": 0.0, "end": 0.8}},
+            {"name": "ctkd", "reversal_epochs": 2},
+        ],
+    },
+    "peers": {
+        "loss": [{"name": "ce"}, {"name": "dml", "peers": [{"name": "tiny", "dropout_rate": 0.3}, {"name": "tiny"}]}]
+    },
+    "two views": {
+        "dataset": {"second_augmentation": ["crop", "rand_augment"], "num_workers": 0},
+        "loss": {"name": "mlkd", "mask": "paper"},
+    },
+    "unlabelled images": {
+        "dataset": {"subset_fraction": 0.5},
+        "unlabelled": {"name": "rest", "batch_size": 7},
+        "loss": [{"name": "ce"}, {"name": "kd", "alpha": 1.0, "temperature": 4.0}],
+        "log_gradient_norms": True,
+    },
+    "a stage of its own": {"loss": [{"name": "ce"}, {"name": "ft", "initial_epochs": 1}]},
+    "the teacher's classifier": {"loss": [{"name": "simkd"}, {"name": "at"}], "student": {"freeze_bn": True}},
     "noise, warm restarts, transforms": {
         "dataset": {"augmentation": ["crop", {"name": "rotation", "degrees": 5}, "random_erasing"], "num_workers": 0},
         "loss": {**KD, "teacher_noise_std": 0.5, "teacher_noise_probability": 0.5},
@@ -378,7 +454,7 @@ def test_plateau_lowers_the_rate_when_validation_stops_improving(script: Script,
 def test_a_losss_own_weights_begin_as_the_seed_says(script: Script, make_experiment: Make) -> None:
     teacher = make_experiment("teacher", num_epochs=1)
     assert script(train, "--model_dir", teacher).status == 0
-    loss = {"name": "fitnets"}
+    loss = [{"name": "ce"}, {"name": "fitnets"}]
     runs = [make_experiment(name, num_epochs=0, teacher=str(teacher), loss=loss) for name in ("one", "other")]
     third = make_experiment("third", num_epochs=0, teacher=str(teacher), loss=loss, seed=2)
     for folder in (*runs, third):
@@ -878,3 +954,278 @@ def test_where_nothing_can_be_compiled_training_goes_on_and_the_log_says_so(
     assert "compile on" in log
     assert "torch.compile gave up: " in log
     assert "no C++ compiler" in log
+
+
+# --- several teachers -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def teachers(script: Script, make_experiment: Make) -> list[Path]:
+    """Two kept nets of other widths and weights."""
+    folders = [
+        make_experiment(f"teacher{width}", num_epochs=0, seed=width, student={"width": width}) for width in (8, 6)
+    ]
+    for folder in folders:
+        assert script(train, "--model_dir", folder).status == 0
+    return folders
+
+
+def shas(folders: list[Path]) -> str:
+    return "+".join(load_checkpoint(folder / "best.pth.tar")[1] for folder in folders)
+
+
+@pytest.mark.parametrize("combine", ["probabilities", "logits"])
+def test_two_teachers_teach_together_and_twice_gives_the_same_files(
+    script: Script, make_experiment: Make, teachers: list[Path], combine: str
+) -> None:
+    frozen = [snapshot(folder) for folder in teachers]
+    options: dict[str, Any] = {"teacher": [str(teachers[0]), {"model_dir": str(teachers[1]), "weight": 3}], "loss": KD}
+    one, two = (make_experiment(name, **options, combine_teachers=combine) for name in ("one", "two"))
+    ended = script(train, "--model_dir", one)
+    assert ended.status == 0, ended
+    assert script(train, "--model_dir", two).status == 0
+    for folder in teachers:
+        own = load_checkpoint(folder / "best.pth.tar")[0]["metrics"]["accuracy"]
+        assert f"teacher {folder}: tiny, val accuracy {own:.4f} here, {own:.4f} in its own run" in ended.out
+    of = {"probabilities": "probabilities at T 4", "logits": "logits"}[combine]
+    assert f"2 teachers together, mean of {of} (shares 0.25, 0.75): val accuracy " in ended.out
+    assert [snapshot(folder) for folder in teachers] == frozen
+    assert json.loads((one / "run.json").read_text())["teacher"] == shas(teachers)
+    assert states_equal(one / "last.pth.tar", two / "last.pth.tar")
+    assert (one / "metrics.jsonl").read_bytes() == (two / "metrics.jsonl").read_bytes()
+
+
+def test_the_ways_to_combine_and_the_weights_change_what_is_learnt(
+    script: Script, make_experiment: Make, teachers: list[Path]
+) -> None:
+    names, journals = [str(folder) for folder in teachers], set()
+    ways: list[dict[str, Any]] = [
+        {"teacher": names},
+        {"teacher": names, "combine_teachers": "logits"},
+        {"teacher": [names[0], {"model_dir": names[1], "weight": 2}]},
+        {"teacher": names[0]},
+    ]
+    for number, options in enumerate(ways):
+        folder = make_experiment(f"student{number}", num_epochs=1, loss=KD, **options)
+        assert script(train, "--model_dir", folder).status == 0
+        journals.add((folder / "metrics.jsonl").read_bytes())
+    assert len(journals) == 4
+
+
+def test_a_list_of_one_teacher_is_that_teacher(script: Script, make_experiment: Make, teachers: list[Path]) -> None:
+    plain = make_experiment("plain", num_epochs=1, teacher=str(teachers[0]), loss=KD)
+    listed = make_experiment("listed", num_epochs=1, teacher=[{"model_dir": str(teachers[0])}], loss=KD)
+    for folder in (plain, listed):
+        assert script(train, "--model_dir", folder).status == 0
+    assert states_equal(plain / "last.pth.tar", listed / "last.pth.tar")
+    runs = [json.loads((folder / "run.json").read_text()) for folder in (plain, listed)]
+    assert (runs[0]["params"], runs[0]["teacher"]) == (runs[1]["params"], runs[1]["teacher"])
+
+
+def test_a_run_under_two_teachers_resumes_exactly(
+    script: Script, make_experiment: Make, teachers: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sections = [{"model_dir": str(teachers[0]), "cache": "lazy"}, str(teachers[1])]
+    whole, cut = (make_experiment(name, teacher=sections, loss=KD) for name in ("whole", "cut"))
+    assert script(train, "--model_dir", whole).status == 0
+    steps, show = 0, train.EpochBar.show
+
+    def signalling(self: train.EpochBar, *arguments: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 7:
+            signal.raise_signal(signal.SIGTERM)
+        show(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train.EpochBar, "show", signalling)
+        assert script(train, "--model_dir", cut).status == 143
+    assert load_checkpoint(cut / "last.pth.tar")[0]["step"] > 0
+    assert script(train, "--model_dir", cut).status == 0
+    assert states_equal(whole / "last.pth.tar", cut / "last.pth.tar")
+    assert (whole / "metrics.jsonl").read_bytes() == (cut / "metrics.jsonl").read_bytes()
+
+
+def test_of_several_teachers_one_with_other_weights_is_noticed_and_one_that_was_moved_is_not(
+    script: Script, make_experiment: Make, teachers: list[Path]
+) -> None:
+    student = make_experiment("student", num_epochs=1, teacher=[str(folder) for folder in teachers], loss=KD)
+    assert script(train, "--model_dir", student).status == 0
+    moved = teachers[1].rename(teachers[1].with_name("moved"))
+    for override in (f"teacher.1.model_dir={moved}", "num_epochs=2"):
+        overrides = (f"teacher.1.model_dir={moved}", override)
+        assert script(train, "--model_dir", student, "--overrides", *overrides).status == 0
+    assert len(read_journal(student)) == 2
+    assert script(train, "--model_dir", moved, "--restart", "--seed", 9).status == 0
+    ended = script(train, "--model_dir", student, "--overrides", f"teacher.1.model_dir={moved}", "num_epochs=3")
+    assert ended.status == 2
+    assert "the teacher is not what this run began with" in ended.err
+    third = make_experiment("third", num_epochs=0)
+    names = [str(teachers[0]), str(moved), str(third)]
+    ended = script(train, "--model_dir", student, "--overrides", f"teacher={json.dumps(names)}", "num_epochs=3")
+    assert ended.status == 2
+    assert "holds a run with other params (teacher.2.cache" in ended.err
+
+
+def test_of_several_teachers_the_one_that_is_missing_or_does_not_fit_is_named(
+    script: Script, make_experiment: Make, teachers: list[Path], tmp_path: Path
+) -> None:
+    missing = make_experiment("missing")
+    other = make_experiment("other", num_epochs=0, dataset={"num_classes": 3})
+    assert script(train, "--model_dir", other).status == 0
+    student = make_experiment("student", teacher=[str(teachers[0]), str(missing)], loss=KD)
+    ended = script(train, "--model_dir", student)
+    assert (ended.status, ended.err.count("\n")) == (2, 1)
+    assert f"teacher {missing} has no best.pth.tar; train it with: " in ended.err
+    ended = script(train, "--model_dir", student, "--overrides", f"teacher.1.model_dir={other}")
+    assert ended.status == 2
+    assert f"teacher {other}: the teacher has 3 classes but the student has 4" in ended.err
+    ended = script(train, "--model_dir", student, "--overrides", f"teacher.1.model_dir={student}")
+    assert ended.status == 2
+    assert "teacher.1.model_dir: the directory itself; name another" in ended.err
+    assert not (student / "run.json").exists()
+    ended = script(train, "--model_dir", student, "--train_teacher", "--overrides", "num_epochs=1")
+    assert ended.status == 0, ended
+    assert json.loads((student / "run.json").read_text())["teacher"] == shas([teachers[0], missing])
+
+
+# --- objectives of several parts ------------------------------------------------------------------------------
+
+WHOLE = {"name": "kd", "alpha": 1.0, "temperature": 4.0}
+
+
+def test_a_weighted_sum_of_losses_ends_as_the_blend_that_it_equals(
+    script: Script, make_experiment: Make, teacher: Path
+) -> None:
+    parts = [{"name": "ce", "weight": 0.1}, {**WHOLE, "weight": 0.9}]
+    blend, summed = (
+        make_experiment(name, teacher=str(teacher), loss=loss) for name, loss in (("blend", KD), ("sum", parts))
+    )
+    for folder in (blend, summed):
+        assert script(train, "--model_dir", folder).status == 0
+    for one, other in zip(read_journal(blend), read_journal(summed), strict=True):
+        assert one["train"] == pytest.approx(other["train"], rel=1e-4)
+
+
+def test_a_loss_of_weight_0_needs_no_teacher_and_changes_no_bit(
+    script: Script, make_experiment: Make, tmp_path: Path
+) -> None:
+    alone = make_experiment("alone")
+    silent = make_experiment(
+        "silent", teacher=str(tmp_path / "nobody"), loss=[{"name": "ce"}, {**WHOLE, "weight": 0.0}]
+    )
+    for folder in (alone, silent):
+        assert script(train, "--model_dir", folder).status == 0
+    assert states_equal(alone / "last.pth.tar", silent / "last.pth.tar")
+    assert (alone / "metrics.jsonl").read_bytes() == (silent / "metrics.jsonl").read_bytes()
+
+
+def test_options_of_a_list_are_overridden_by_label_and_shown_resolved(
+    script: Script, make_experiment: Make, teacher: Path
+) -> None:
+    folder = make_experiment("student", teacher=str(teacher), loss=[{"name": "ce"}, WHOLE, {"name": "at"}])
+    ended = script(train, "--model_dir", folder, "--overrides", "loss.kd.weight=2", "loss.at.weight=0.5")
+    assert ended.status == 0, ended
+    run = json.loads((folder / "run.json").read_text())
+    assert [(loss["name"], loss["weight"]) for loss in run["params"]["loss"]] == [("ce", 1.0), ("kd", 2.0), ("at", 0.5)]
+    assert "loss: CE x 1" in ended.out
+    assert " + 2 x [" in ended.out
+    ended = script(train, "--model_dir", folder, "--overrides", "loss.kd.weight=3", "loss.at.weight=0.5")
+    assert ended.status == 2
+    assert "loss.kd.weight: 2.0 -> 3.0" in ended.err
+
+
+def test_every_term_and_its_pull_are_in_the_journal_and_add_up(
+    script: Script, make_experiment: Make, teacher: Path
+) -> None:
+    folder = make_experiment(
+        "student", teacher=str(teacher), loss=[{"name": "ce"}, WHOLE, {"name": "sp"}], log_gradient_norms=True
+    )
+    assert script(train, "--model_dir", folder).status == 0
+    for record in read_journal(folder):
+        for split in ("train", "val"):
+            assert record[split]["loss"] == pytest.approx(sum(record[split][name] for name in ("ce", "kd", "sp")))
+        pulls = {name: record["train"][f"{name}_gradient"] for name in ("ce", "kd", "sp")}
+        assert pulls["ce"] > 0
+        assert pulls["kd"] > 0
+        assert pulls["sp"] == 0, "maps do not reach the logits"
+
+
+def test_peers_are_scored_kept_beside_the_student_and_found_again_by_evaluate(
+    script: Script, make_experiment: Make
+) -> None:
+    folder = make_experiment("cohort", loss=[{"name": "ce"}, {"name": "dml"}])
+    assert script(train, "--model_dir", folder).status == 0
+    state = load_checkpoint(folder / "best.pth.tar")[0]
+    own = {name: value.shape for name, value in state["state_dict"].items()}
+    peers = {name: value.shape for name, value in state["loss_dict"].items()}
+    assert {name.partition("peers.0.")[2]: shape for name, shape in peers.items()} == own
+    first = state["loss_dict"]["losses.dml.peers.0.conv1.weight"]
+    assert not torch.equal(first, state["state_dict"]["conv1.weight"])
+    assert script(evaluate, "--model_dir", folder, "--split", "val").status == 0
+    scores = json.loads((folder / "metrics_val_best_weights.json").read_text())
+    best = max(read_journal(folder), key=lambda record: record["val"]["accuracy"])["val"]
+    for name in ("accuracy", "peer1_accuracy", "loss", "dml", "peers"):
+        assert scores[name] == pytest.approx(best[name])
+
+
+def test_a_student_with_the_teachers_classifier_is_restored_with_all_its_parts(
+    script: Script, make_experiment: Make, teacher: Path
+) -> None:
+    folder = make_experiment("student", teacher=str(teacher), loss={"name": "simkd"})
+    assert script(train, "--model_dir", folder).status == 0
+    assert script(evaluate, "--model_dir", folder, "--split", "val").status == 0
+    scores = json.loads((folder / "metrics_val_best_weights.json").read_text())
+    best = max(read_journal(folder), key=lambda record: record["val"]["accuracy"])["val"]
+    for name in ("accuracy", "loss", "simkd"):
+        assert scores[name] == pytest.approx(best[name])
+    state = load_checkpoint(folder / "best.pth.tar")[0]
+    theirs = load_checkpoint(teacher / "best.pth.tar")[0]["state_dict"]
+    assert torch.equal(state["state_dict"]["classifier.weight"], theirs["linear.weight"])
+    # The projector counts: 4-8 channels here, 8-16 there, so projector 8 -> 8 -> 8 -> 16 with batch norms.
+    projector = 8 * 8 + 8 * 8 * 9 + 8 * 16 + 2 * (8 + 8 + 16)
+    convolutions = 4 * 3 * 9 + 2 * 4 + 8 * 4 * 9 + 2 * 8
+    assert scores["parameters"] == convolutions + projector + 16 * 4 + 4
+    # It can teach, like any other.
+    pupil = make_experiment("pupil", teacher=str(folder), loss=KD)
+    ended = script(train, "--model_dir", pupil)
+    assert ended.status == 0, ended
+
+
+def test_unlabelled_images_come_to_every_step_and_count_as_data(
+    script: Script, make_experiment: Make, teacher: Path
+) -> None:
+    loss = [{"name": "ce"}, WHOLE]
+    options = {"teacher": str(teacher), "loss": loss, "dataset": {"subset_fraction": 0.25}}
+    without = make_experiment("without", **options)
+    folder = make_experiment("with", **options, unlabelled="rest")
+    for each in (without, folder):
+        ended = script(train, "--model_dir", each)
+        assert ended.status == 0, ended
+    assert "108 unlabelled images of rest, 128 to a step" in ended.out
+    assert not states_equal(without / "last.pth.tar", folder / "last.pth.tar")
+    data = [json.loads((each / "run.json").read_text())["data"] for each in (without, folder)]
+    assert data[0] != data[1]
+    ended = script(train, "--model_dir", without, "--overrides", "unlabelled=rest")
+    assert ended.status == 2
+    assert script(evaluate, "--model_dir", folder).status == 0
+
+
+def test_the_teacher_is_not_asked_in_epochs_in_which_no_loss_reads_it(
+    script: Script, make_experiment: Make, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    compute = train.create_teacher.__globals__["FrozenTeacher"].compute
+
+    def counting(self: Any, needs: frozenset[str], batch: Any) -> Any:
+        asked.append(len(batch.labels))
+        return compute(self, needs, batch)
+
+    monkeypatch.setattr(train.create_teacher.__globals__["FrozenTeacher"], "compute", counting)
+    weight = {"name": "step", "value": 1.0, "milestones": [1], "gamma": 0.0}
+    folder = make_experiment(
+        "student", num_epochs=3, teacher=str(teacher), loss=[{"name": "ce"}, {**WHOLE, "weight": weight}]
+    )
+    assert script(train, "--model_dir", folder).status == 0
+    assert sum(asked) == 144 + 16, "the images of one epoch and of its validation"
+    assert ["kd" in record["train"] for record in read_journal(folder)] == [True, False, False]

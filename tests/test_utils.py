@@ -16,6 +16,7 @@ from utils import (
     flatten,
     link_file,
     read_json,
+    teachers_of,
     write_file,
     write_json,
 )
@@ -116,6 +117,95 @@ def test_an_override_sets_one_option(override: str, key: str, value: object) -> 
     assert apply_overrides(values, [override]) == [key]
     assert flatten(values)[key] == value
     assert set(differences(RAW, values)) == ({key} if flatten(RAW).get(key, "absent") != value else set())
+
+
+LIST = [{"name": "ce"}, {"name": "kd", "alpha": 0.9}, {"name": "kd", "alpha": 0.1}]
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "place", "option", "value"),
+    [
+        ("loss.ce.weight=2", "loss.ce.weight", 0, "weight", 2),
+        ("weight=2", "loss.ce.weight", 0, "weight", 2),
+        ("loss.kd.alpha=0.5", "loss.kd.alpha", 1, "alpha", 0.5),
+        ("loss.kd_2.alpha=0.5", "loss.kd_2.alpha", 2, "alpha", 0.5),
+        ("loss.2.alpha=0.5", "loss.2.alpha", 2, "alpha", 0.5),
+        ("loss.kd.weight.start=0", "loss.kd.weight.start", 1, "weight", {"start": 0}),
+    ],
+)
+def test_an_override_names_a_section_of_a_list_by_label_or_place(
+    override: str, key: str, place: int, option: str, value: object
+) -> None:
+    values = raw() | {"loss": json.loads(json.dumps(LIST))}
+    values["loss"][0]["weight"] = 1
+    assert apply_overrides(values, [override]) == [key]
+    assert values["loss"][place][option] == value
+
+
+def test_lists_of_sections_are_flat_under_the_same_names() -> None:
+    flat = flatten({"loss": LIST, "teacher": [{"model_dir": "a"}, {"model_dir": "b"}], "milestones": [1, 2]})
+    assert flat == {
+        "loss.ce.name": "ce",
+        "loss.kd.name": "kd",
+        "loss.kd.alpha": 0.9,
+        "loss.kd_2.name": "kd",
+        "loss.kd_2.alpha": 0.1,
+        "teacher.0.model_dir": "a",
+        "teacher.1.model_dir": "b",
+        "milestones": [1, 2],
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("alpha=0.5", "write loss.kd.alpha or loss.kd_2.alpha"),
+        ("loss.crd.weight=1", "loss.crd.weight: the list has no 'crd'; it has ce, kd, kd_2"),
+        ("loss.3.weight=1", "the list has no '3'"),
+        ("loss.weight=1", "loss.weight: a list; name one of ce, kd, kd_2, as in loss.ce.weight"),
+    ],
+)
+def test_a_path_that_names_no_section_of_a_list_is_refused(override: str, message: str) -> None:
+    with pytest.raises(RunError) as ended:
+        apply_overrides(raw() | {"loss": json.loads(json.dumps(LIST))}, [override])
+    assert message in str(ended.value)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "sections"),
+    [
+        (None, {}),
+        ("a", {"teacher": {"model_dir": "a"}}),
+        ({"model_dir": "a", "cache": "lazy"}, {"teacher": {"model_dir": "a", "cache": "lazy"}}),
+        (["a"], {"teacher": {"model_dir": "a"}}),
+        (["a", {"model_dir": "b"}], {"teacher.0": {"model_dir": "a"}, "teacher.1": {"model_dir": "b"}}),
+        ([], {}),
+    ],
+)
+def test_the_sections_of_teachers_have_the_paths_that_overrides_name(teacher: object, sections: object) -> None:
+    assert teachers_of(teacher) == sections
+
+
+@pytest.mark.parametrize(
+    ("teacher", "override", "expected"),
+    [
+        ("a", "teacher.cache=lazy", {"model_dir": "a", "cache": "lazy"}),
+        (["a", "b"], "teacher.1.cache=lazy", [{"model_dir": "a"}, {"model_dir": "b", "cache": "lazy"}]),
+        (["a", {"model_dir": "b"}], "teacher.0.model_dir=c", [{"model_dir": "c"}, {"model_dir": "b"}]),
+        (["a", "b"], 'teacher=["c"]', ["c"]),
+    ],
+)
+def test_options_of_teachers_that_are_given_as_text_can_be_set(
+    teacher: object, override: str, expected: object
+) -> None:
+    values = raw() | {"teacher": teacher}
+    apply_overrides(values, [override])
+    assert values["teacher"] == expected
+
+
+def test_an_option_of_several_teachers_has_to_name_one() -> None:
+    with pytest.raises(RunError, match=r"teacher.cache: a list; name one of 0, 1, as in teacher.0.cache"):
+        apply_overrides(raw() | {"teacher": ["a", "b"]}, ["teacher.cache=lazy"])
 
 
 def test_differences_name_each_option_with_both_values() -> None:

@@ -10,13 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
-from pydantic_core import InitErrorDetails
+from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError as _Fault
 from torch import Tensor
 
 from model.data.views import Augmentation
-from model.registry import Problem, Registry
+from model.registry import Problem, Registry, checked_by
 
 TRANSFORMS = Registry("augmentation")
 
@@ -81,23 +80,9 @@ def resolve(augmentation: str | Listed) -> tuple[list[dict[str, Any]], list[Prob
     return sections, problems
 
 
-def _resolvable(value: Any, well_formed: ValidatorFunctionWrapHandler) -> Any:
-    """Finds whatever is wrong with an augmentation; returns it as it was written, without defaults."""
-    try:
-        well_formed(value)
-    except ValidationError:
-        rule = f'{", ".join(NAMED)}, or a list of names and {{"name": ..., options}}'
-        raise _Fault("augmentation", "expected {rule}; got {value}", {"rule": rule, "value": repr(value)}) from None
-    problems = [] if value is None else resolve(value)[1]
-    if problems:
-        faults = [(key, _Fault("augmentation", "{text}", {"text": text})) for key, text in problems]
-        details = [InitErrorDetails(type=fault, loc=(key,), input=value) for key, fault in faults]
-        raise ValidationError.from_exception_data("augmentation", details)
-    return value
-
-
+_RULE = f'{", ".join(NAMED)}, or a list of names and {{"name": ..., options}}'
 Augmenting = Annotated[
-    Literal["crop_flip", "crop", "flip", "none"] | list[str | dict[str, Any]] | None, WrapValidator(_resolvable)
+    Literal["crop_flip", "crop", "flip", "none"] | list[str | dict[str, Any]] | None, checked_by(resolve, _RULE)
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -14,9 +14,11 @@ from torch import Tensor
 from model.data import augmentations
 from model.data.augmentations import Augmenting, Canvas, Listed
 from model.data.images import AnySplit, FileSplit, Images, ancestor_subset, divide_per_class
+from model.data.joined import JoinedLoader
 from model.data.loader import BatchLoader, Loader
 from model.data.stream import StreamLoader
 from model.errors import InputError
+from model.outputs import Samples
 from model.rng import derive_seed
 
 
@@ -36,6 +38,8 @@ class Data:
         selected_on: What `val` is: `val`, or `test` where epochs are selected on the test split.
         fingerprint: SHA-256 over what is trained on, validated on, and the class names.
         summary: One line about all this.
+        second: The training samples under their second view, if they have one.
+        unlabelled: Images without labels, if there are any.
     """
 
     train: Loader
@@ -50,11 +54,28 @@ class Data:
     selected_on: str
     fingerprint: str
     summary: str
+    second: Loader | None = None
+    unlabelled: Loader | None = None
+
+    @property
+    def lessons(self) -> Loader | JoinedLoader:
+        """What is trained on: `train`, with what comes to its batches from other loaders."""
+        if self.second is None and self.unlabelled is None:
+            return self.train
+        return JoinedLoader(self.train, self.second, self.unlabelled)
+
+    def samples(self) -> Samples:
+        """Returns what is trained on, for a loss that keeps something of each sample."""
+        labels = torch.full((len(self.train.split),), -1)
+        labels[self.train.indices] = self.train.split.labels.cpu()[self.train.indices]
+        return Samples(labels, self.num_classes)
 
     def share(self, part: int, parts: int) -> None:
         """Leaves this process one of so many parts of every batch, as `Loader.share`; those of `val` grow with them."""
         if parts > 1:
-            self.train.share(part, parts)
+            for loader in (self.train, self.second, self.unlabelled):
+                if loader is not None:
+                    loader.share(part, parts)
             self.val.batch_size = max(2, self.val.batch_size) * parts  # a matter of memory, of which each has its own
             self.val.share(part, parts)
 
@@ -73,6 +94,7 @@ def prepare(
     batch_size: Annotated[int, Field(ge=2, le=65536)] = 128,
     eval_batch_size: Annotated[int, Field(ge=1, le=65536)] = 512,
     augmentation: Augmenting = None,
+    second_augmentation: Augmenting = None,
     validate_on: Literal["val", "test"] = "val",
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1,
     val_seed: int = 0,
@@ -93,6 +115,7 @@ def prepare(
         eval_batch_size: Validation and test samples per step: a matter of speed and memory.
         augmentation: Random views of training images: zero-padded 4-pixel crop, mirroring, or a list of transforms in
             their order, each a name or `{"name": ..., options}`; null: the dataset's own.
+        second_augmentation: Of a second view of each training image, for losses that compare two; null: there is none.
         validate_on: `test`: nothing is carved, and epochs are selected on the test split, whose scores then flatter.
         val_fraction: Share of each class of the training list that is kept for validation; unused with an own split.
         val_seed: Picks the validation split and the subset, so that runs with different seeds share them.
@@ -111,10 +134,7 @@ def prepare(
     if min(std_used) <= 0:
         raise InputError(f"dataset.std: {list(std_used)} is not above 0 in every channel; give dataset.std", "data")
     chosen = images.augmentation if augmentation is None else augmentation
-    sections, problems = augmentations.resolve(chosen)
-    if problems:
-        raise InputError("; ".join(f"dataset.augmentation.{key}: {text}" for key, text in problems))
-
+    sections = _transforms("augmentation", chosen)
     division = _divide(images, name, validate_on, val_fraction, val_seed)
     labels = images.train.labels[division.train]
     train_indices = division.train[_subset(labels, subset_fraction, subset_rule, val_seed)]
@@ -124,15 +144,13 @@ def prepare(
     ) -> Loader:
         options: dict[str, Any] = {"indices": indices, "batch_size": size, "mean": mean_used, "std": std_used}
         options |= {"shuffle": shuffle, "seed": seed, "device": device}
-        views = augmentations.as_views(shown)
-        if views is None:
-            transforms = augmentations.create(shown, Canvas(split.shape, mean_used))
-            return StreamLoader(split, transforms=transforms, num_workers=num_workers, **options)
-        if isinstance(split, FileSplit):
-            return StreamLoader(split, augmentation=views, num_workers=num_workers, **options)
-        return BatchLoader(split, augmentation=views, **options)
+        return make_loader(split, shown, num_workers=num_workers, **options)
 
     train = loader(images.train, train_indices, batch_size, sections, shuffle=True)
+    second = None
+    if second_augmentation is not None:
+        transforms = _transforms("second_augmentation", second_augmentation)
+        second = loader(train.split, train_indices, batch_size, transforms, shuffle=True)
     # A carved validation split shares the training split's images, also those on the device.
     val_split = train.split if division.val_split is images.train else division.val_split
     val = loader(val_split, division.val, eval_batch_size)
@@ -158,11 +176,94 @@ def prepare(
             f"{name}: {train.num_samples:,} train{subset_note}, {division.note}, "
             f"{f'{test.num_samples:,}' if test else 'no'} test images of {'x'.join(map(str, images.train.shape))}, "
             f"{len(images.classes):,} classes, augmentation {_describe(chosen, train)}"
+            f"{f', second view {_describe(second_augmentation, second)}' if second and second_augmentation else ''}"
         ),
+        second=second,
     )
 
 
 pipeline_options = prepare  # what it is to a registry: the keyword-only parameters are the common options
+
+
+def add_unlabelled(splits: Data, images: Images | None, name: str, options: dict[str, Any]) -> Data:
+    """Returns the data of a run with images that have no labels, or whose labels are not to be used.
+
+    Args:
+        splits: The labelled data.
+        images: Their training split is taken whole; None: the images of the labelled training list that are neither
+            trained nor validated on.
+        name: What to call them.
+        options: As `unlabelled_options` describes them.
+
+    Raises:
+        InputError: There are none, or they have another shape.
+    """
+    train = splits.train
+    split: AnySplit = train.split if images is None else images.train
+    indices = torch.arange(len(split))
+    if images is None:
+        taken = [train.indices, splits.val.indices] if splits.val.split is train.split else [train.indices]
+        indices = indices[~torch.isin(indices, torch.cat(taken))]
+    if split.shape != splits.shape:
+        line = f"unlabelled: its images are {split.shape}, those of dataset {splits.shape}; give both one size"
+        raise InputError(line, "data")
+    if len(indices) < 2:
+        way = "lower dataset.subset_fraction, or name other images"
+        raise InputError(f"unlabelled: dataset leaves {len(indices)} of its training images over; {way}", "data")
+    given = options["augmentation"]
+    sections = splits.augmentation if given is None else _transforms("augmentation", given, "unlabelled")
+    loader = make_loader(
+        split,
+        sections,
+        num_workers=options["num_workers"],
+        indices=indices,
+        batch_size=options["batch_size"],
+        mean=splits.mean,
+        std=splits.std,
+        shuffle=True,
+        seed=derive_seed(train.seed, "unlabelled"),
+        device=train.device,
+    )
+    digest = hashlib.sha256(f"{splits.fingerprint} unlabelled".encode())
+    split.update(digest, indices)
+    line = f"{splits.summary}; {len(indices):,} unlabelled images of {name}, {options['batch_size']} to a step"
+    return replace(splits, unlabelled=loader, fingerprint=digest.hexdigest(), summary=line)
+
+
+def unlabelled_options(
+    *,
+    batch_size: Annotated[int, Field(ge=2, le=65536)] = 128,
+    augmentation: Augmenting = None,
+    num_workers: Annotated[int, Field(ge=0, le=256)] | None = None,
+) -> None:
+    """Images without labels, for the losses that need none: a dataset, or `rest`.
+
+    Args:
+        batch_size: How many come to the labelled samples of each step.
+        augmentation: As for `dataset`; null: that of `dataset`.
+        num_workers: As for `dataset`.
+    """
+
+
+def _transforms(key: str, chosen: Any, section: str = "dataset") -> list[dict[str, Any]]:
+    """Returns the resolved transforms that an augmentation stands for."""
+    sections, problems = augmentations.resolve(chosen)
+    if problems:
+        raise InputError("; ".join(f"{section}.{key}.{part}: {text}" for part, text in problems))
+    return sections
+
+
+def make_loader(
+    split: AnySplit, shown: Sequence[dict[str, Any]], *, num_workers: int | None, mean: Sequence[float], **options: Any
+) -> Loader:
+    """Returns the loader that suits a split and what is to be done with its images."""
+    views = augmentations.as_views(shown)
+    if views is None:
+        transforms = augmentations.create(shown, Canvas(split.shape, tuple(mean)))
+        return StreamLoader(split, transforms=transforms, num_workers=num_workers, mean=mean, **options)
+    if isinstance(split, FileSplit):
+        return StreamLoader(split, augmentation=views, num_workers=num_workers, mean=mean, **options)
+    return BatchLoader(split, augmentation=views, mean=mean, **options)
 
 
 @dataclass(frozen=True)

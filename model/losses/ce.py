@@ -23,6 +23,9 @@ class CELoss(Loss):
         label_smoothing: Share of the target spread evenly over all classes.
     """
 
+    needs_labels = True
+    least_at_teacher = False
+
     def __init__(self, *, label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0) -> None:
         super().__init__()
         self.label_smoothing = label_smoothing

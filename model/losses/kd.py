@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from model.losses import LOSSES
 from model.losses.base import Loss
+from model.losses.logits import standardised
 from model.outputs import Batch, Outputs
 
 Divergence = Literal["kl", "cross_entropy", "mse_probabilities", "mse_logits"]
@@ -52,7 +53,7 @@ DIVERGENCES: dict[Divergence, Callable[[Tensor, Tensor], Tensor]] = {
 def kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    temperature: float,
+    temperature: float | Tensor,
     reduction: Reduction = "batchmean",
     divergence: Divergence = "kl",
     temperature_squared: bool = True,
@@ -67,7 +68,7 @@ def kd_loss(
     Args:
         student_logits: `(N, C)`.
         teacher_logits: `(N, C)`.
-        temperature: Above 0.
+        temperature: Above 0; a tensor is one number, and gets its gradient, that of the factor T^2 included.
         reduction: `batchmean` is D summed over classes and averaged over the batch. `mean` divides by the number of
             classes as well, as kl_div's default does and the ancestor did.
         divergence: D, a key of `DIVERGENCES`.
@@ -84,9 +85,18 @@ def kd_loss(
 class KDLoss(Loss):
     """`(1 - alpha) * CE(student, labels) + alpha * T^2 * KL(teacher || student)`; a term of weight 0 is not computed.
 
+    This loss brings its own share of cross-entropy; with `alpha` 1 it is the teacher term alone, to be combined with
+    others. Images without labels count in the teacher term only.
+
+    With `standardise` its authors take T 2, a weight of 9 for the teacher term and 0.1 for the labels (CIFAR-100):
+    `[{"name": "ce", "weight": 0.1}, {"name": "kd", "alpha": 1, "temperature": 2, "standardise": true, "weight": 9}]`.
+    Where a student's logits are constant over the classes, its gradient is then of the order of a million (see
+    `model/losses/logits.py`): clip gradients if the classifier begins at zero.
+
     Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2; `mse_logits`:
     Ba and Caruana, "Do Deep Nets Really Need to be Deep?", 2014, section 2.2; the noise: Sau and Balasubramanian,
-    "Deep Model Compression: Distilling Knowledge from Noisy Teachers", 2016.
+    "Deep Model Compression: Distilling Knowledge from Noisy Teachers", 2016; `standardise`: Sun et al., "Logit
+    Standardization in Knowledge Distillation", 2024, section 4.
     Deviation: Hinton et al. leave the weights open; here they sum to 1, the cross-entropy at temperature 1. Sau and
     Balasubramanian multiply the logits by 1 plus the noise; here it is added to them.
 
@@ -100,6 +110,7 @@ class KDLoss(Loss):
             the same gradient; `mse_probabilities`, half the squared difference of softened probabilities;
             `mse_logits`, the squared difference of logits divided by T, which with T^2 does not depend on T.
         temperature_squared: Multiply the teacher term by T^2; without it the term fades as the temperature rises.
+        standardise: Replace both networks' logits by their z-scores, sample by sample, before the temperature.
         teacher_noise_std: Standard deviation of Gaussian noise added to the teacher's logits in training.
         teacher_noise_probability: Share of the samples that get the noise, drawn anew at each step.
     """
@@ -113,6 +124,7 @@ class KDLoss(Loss):
         alpha_of: Literal["teacher", "hard"] = "teacher",
         divergence: Divergence = "kl",
         temperature_squared: bool = True,
+        standardise: bool = False,
         teacher_noise_std: Annotated[float, Field(ge=0)] = 0.0,
         teacher_noise_probability: Annotated[float, Field(gt=0, le=1)] = 1.0,
     ) -> None:
@@ -123,19 +135,29 @@ class KDLoss(Loss):
         self.alpha_of = alpha_of
         self.divergence: Divergence = divergence
         self.temperature_squared = temperature_squared
+        self.standardise = standardise
         self.teacher_noise_std = teacher_noise_std
         self.teacher_noise_probability = teacher_noise_probability
         self.needs_teacher = self.alpha > 0
+        self.needs_labels = not self.needs_teacher
+        self.least_at_teacher = divergence != "cross_entropy"
+
+    @property
+    def teacher_temperature(self) -> float | None:
+        # Squared differences are of the logits themselves, and of z-scores each sample has a temperature of its own.
+        return None if self.standardise or self.divergence == "mse_logits" else self.temperature
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         terms = {}
         if self.alpha < 1:
-            terms["ce"] = (1 - self.alpha) * F.cross_entropy(student.logits, batch.labels)
+            labelled = student.logits[: len(batch.labels)]  # the first samples of a batch that is partly unlabelled
+            terms["ce"] = (1 - self.alpha) * F.cross_entropy(labelled, batch.labels)
         if self.needs_teacher:
             assert teacher is not None, "without it a part of the loss would be missing in silence"
+            prepared = standardised if self.standardise else lambda logits: logits
             terms["kd"] = self.alpha * kd_loss(
-                student.logits,
-                self.with_noise(teacher.logits),
+                prepared(student.logits),
+                prepared(self.with_noise(teacher.logits)),
                 self.temperature,
                 self.reduction,
                 self.divergence,
@@ -165,6 +187,8 @@ class KDLoss(Loss):
             f"CE x {1 - self.alpha:.4g} + {name} x {self.alpha:.4g} x {squared:.4g}"
             f" ({given}, {factor} at T {self.temperature:g}), mean over the {over}"
         )
+        if self.standardise:
+            line += "; logits standardised"
         if self.teacher_noise_std == 0:
             return line
         share = f"{self.teacher_noise_probability:.4g} of the samples"

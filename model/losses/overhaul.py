@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.errors import InputError
 from model.losses import LOSSES
 from model.losses.base import Loss
-from model.losses.stages import Stages
+from model.losses.stages import Pairs, StageList, Stages, check_lengths, describe_pairs, paired
 from model.outputs import Batch, Outputs, Probe
-
-StageList = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
 
 
 def margins(weight: Tensor, bias: Tensor) -> Tensor:
@@ -74,18 +70,18 @@ class Connector(nn.Module):
 
 @LOSSES.register("overhaul")
 class OverhaulLoss(Loss):
-    """Cross-entropy plus `feature_weight` times the partial L2 distance of maps before the ReLU, a map of each size.
+    """Partial L2 distance of maps before the ReLU, a map of each size.
 
     The distances are sums over a map, the deepest with weight 1, each one before it with half of the next one's.
-    The authors took a `feature_weight` of 1e-3 for 32x32 images and 1e-4 for 224x224. Beware of light students and
-    of those unlike their teacher, where it can do harm: their MobileNetV2, taught by a ResNet50, had 28.13 % error
-    without the term, 30.22 % with it and 27.52 % with a hundredth of its weight. Search it on a logarithmic scale.
+    The authors took a weight of 1e-3 for 32x32 images, which is the usual one here, and 1e-4 for 224x224. Beware of
+    light students and of those unlike their teacher, where it can do harm: their MobileNetV2, taught by a ResNet50, had
+    28.13 % error without the term, 30.22 % with it and 27.52 % with a hundredth of its weight. Search it on a
+    logarithmic scale.
 
     Source: Heo et al., "A Comprehensive Overhaul of Feature Distillation", 2019, section 3, and the authors' code and
     remarks (clovaai/overhaul-distillation).
 
     Args:
-        feature_weight: Weight of the sum of distances.
         teacher_statistics: In training the teacher's batch norms normalise with the statistics of the `batch`, as the
             authors advise, or with their own `running` ones. Validation always uses the latter.
         student_stages: The student's stages from the first to the last, counted from 1; null: the last stage of every
@@ -93,25 +89,25 @@ class OverhaulLoss(Loss):
         teacher_stages: The teacher's stages that they meet, of the same map sizes; null as before.
     """
 
-    needs = frozenset({"logits", "preacts"})
+    needs = frozenset({"preacts"})
     needs_teacher = True
+    usual_weight = 1e-3
+    trains_classifier = False
+    least_at_teacher = False  # the connectors begin with random weights
 
     def __init__(
         self,
         *,
-        feature_weight: Annotated[float, Field(gt=0)] = 1e-3,
         teacher_statistics: Literal["batch", "running"] = "batch",
         student_stages: StageList | None = None,
         teacher_stages: StageList | None = None,
     ) -> None:
         super().__init__()
-        if len(student_stages or []) != len(teacher_stages or []):
-            lists = f"student_stages {student_stages or 'null'} and teacher_stages {teacher_stages or 'null'}"
-            raise InputError(f"{lists} are not of one length; name as many stages of both, or of none")
-        self.feature_weight = feature_weight
+        check_lengths(student_stages, teacher_stages)
         self.teacher_statistics = teacher_statistics
-        self.student_stages = student_stages or []
-        self.teacher_stages = teacher_stages or []
+        self.student_stages = student_stages
+        self.teacher_stages = teacher_stages
+        self.pairs: Pairs = []
         self.connectors = nn.ModuleList()
 
     def attach(self, student: Probe, teacher: Probe | None) -> None:
@@ -122,30 +118,23 @@ class OverhaulLoss(Loss):
             raise stages.error("the teacher has no batch norm in front of each stage's last activation")
         if getattr(teacher.net, "activation", F.relu) is not F.relu:
             raise stages.error("the last activation of the teacher's stages is not a ReLU")
-        if not self.student_stages:
-            pairs = stages.of_equal_size()
-            self.student_stages, self.teacher_stages = (list(numbers) for numbers in zip(*pairs, strict=True))
-        for own, other in zip(self.student_stages, self.teacher_stages, strict=True):
-            student_shape, teacher_shape = stages.shapes(own, other)
-            if student_shape[1:] != teacher_shape[1:]:
-                raise stages.error(f"student stage {own} and teacher stage {other} differ in height or width")
+        self.pairs = stages.pairs(self.student_stages, self.teacher_stages, same_size=True)
+        for own, other in self.pairs:
+            student_shape, _ = stages.shapes(own, other)
             norm = norms[other - 1]
             margin = margins(norm.weight.detach(), norm.bias.detach())
             self.connectors.append(Connector(student_shape[0], margin))
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
-        distances = student.logits.new_zeros(())
-        for own, other, connector in zip(self.student_stages, self.teacher_stages, self.connectors, strict=True):
-            distances = distances / 2 + connector(student.preacts[own - 1], teacher.preacts[other - 1])
-        return {
-            "ce": F.cross_entropy(student.logits, batch.labels),
-            "overhaul": self.feature_weight * distances,
-        }
+        maps = paired(self.pairs, student.preacts, teacher.preacts)
+        distances = [connector(*pair) for connector, pair in zip(self.connectors, maps, strict=True)]
+        halved = [distance / 2**level for level, distance in enumerate(reversed(distances))]
+        return {"overhaul": torch.stack(halved).sum()}
 
     def describe(self) -> str:
         return (
-            f"CE x 1 + partial L2 x {self.feature_weight:.4g} of student stages {self.student_stages} to teacher stages"
-            f" {self.teacher_stages} (the last x 1, each one before it x 1/2 of the next), summed over a map, mean over"
-            f" the batch; in training the teacher's batch norms have {self.teacher_statistics} statistics"
+            f"partial L2 of {describe_pairs(self.pairs)} (the last x 1, each one before it x 1/2 of the next), summed"
+            f" over a map, mean over the batch; in training the teacher's batch norms have {self.teacher_statistics}"
+            " statistics"
         )

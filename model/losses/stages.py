@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import Field
+from torch import Tensor
 
 from model.errors import InputError
 from model.outputs import Probe
 
 Shape = tuple[int, int, int]  # channels, height, width
+Pairs = list[tuple[int, int]]  # a stage of the student and the teacher's that it meets, both counted from 1
+StageList = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
+
+
+def check_lengths(student_stages: Sequence[int] | None, teacher_stages: Sequence[int] | None) -> None:
+    """Refuses lists of stages that cannot be paired one by one; to be called before there are nets.
+
+    Raises:
+        InputError: They are of different lengths, or only one of them is given.
+    """
+    if len(student_stages or []) != len(teacher_stages or []):
+        lists = f"student_stages {student_stages or 'null'} and teacher_stages {teacher_stages or 'null'}"
+        raise InputError(f"{lists} are not of one length; name as many stages of both, or of none")
+
+
+def paired(
+    pairs: Pairs, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the maps of each pair of stages, the student's first."""
+    for own, other in pairs:
+        yield student_maps[own - 1], teacher_maps[other - 1]
+
+
+def describe_pairs(pairs: Pairs) -> str:
+    """Returns which stages meet, for the log."""
+    return f"student stages {[own for own, _ in pairs]} to teacher stages {[other for _, other in pairs]}"
 
 
 class Side(NamedTuple):
@@ -60,7 +90,36 @@ class Stages:
                 raise self.error(f"{side.name} has no stage {stage}")
         return self.student.shapes[student_stage - 1], self.teacher.shapes[teacher_stage - 1]
 
-    def of_equal_size(self) -> list[tuple[int, int]]:
+    def pairs(
+        self,
+        student_stages: Sequence[int] | None = None,
+        teacher_stages: Sequence[int] | None = None,
+        same_size: bool = False,
+    ) -> Pairs:
+        """Returns which stages meet: those that are named, or else all of nets with as many stages as each other.
+
+        Of nets with different numbers of stages it is the last stage of every map size that both have.
+
+        Args:
+            student_stages, teacher_stages: As many of each (see `check_lengths`), or None of both.
+            same_size: The maps of a pair must be of one height and width. Where no stages are named, it is then the
+                last one of every size that both have in any case.
+
+        Raises:
+            InputError: A stage does not exist, or sizes are not as they must be.
+        """
+        if not student_stages or not teacher_stages:
+            if same_size or len(self.student.shapes) != len(self.teacher.shapes):
+                return self.of_equal_size()
+            return [(number, number) for number in range(1, len(self.student.shapes) + 1)]
+        pairs = list(zip(student_stages, teacher_stages, strict=True))
+        for own, other in pairs:
+            student_shape, teacher_shape = self.shapes(own, other)
+            if same_size and student_shape[1:] != teacher_shape[1:]:
+                raise self.error(f"student stage {own} and teacher stage {other} differ in height or width")
+        return pairs
+
+    def of_equal_size(self) -> Pairs:
         """Returns the last stage of each for every height and width that both have, from the first to the last.
 
         Raises:

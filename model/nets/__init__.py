@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from model.errors import InputError
 from model.nets.initialisation import initialise
 from model.plugins import import_all
+from model.projected import equipped
 from model.registry import Registry, suggest
+from model.taps import classifier_of, set_taps
 
 
 def net_options(
@@ -20,6 +22,7 @@ def net_options(
     init_from: Annotated[str, Field(min_length=1)] | None = None,
     freeze: list[str] | None = None,
     freeze_bn: bool = False,
+    stages: Annotated[list[str], Field(min_length=1)] | None = None,
 ) -> None:
     """Options of every net: what it begins with, and which of it learns.
 
@@ -30,6 +33,8 @@ def net_options(
             classifier for another number of classes stays new.
         freeze: Paths of modules that do not learn, such as `features` or `layer1.0`.
         freeze_bn: All batch norms stay in eval mode: they use and keep the statistics that they begin with.
+        stages: Paths of the modules whose outputs are the stages' maps, from the first to the last, such as `layer1` or
+            `features.4`; null: the net's own stages, or, of nets of torchvision and timm, the last maps of each size.
     """
 
 
@@ -43,12 +48,8 @@ def create(section: Mapping[str, Any], num_classes: int) -> nn.Module:
     net: nn.Module = NETS.create(section, num_classes)
     if section["init"] != "default":
         initialise(net, section["init"])
+    set_taps(net, section["stages"])
     return net
-
-
-def classifier_of(net: nn.Module) -> str:
-    """Returns the path of the last linear or convolution layer: the classifier."""
-    return [path for path, module in net.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1]
 
 
 def adopt(net: nn.Module, weights: Mapping[str, Tensor], where: str) -> bool:
@@ -121,6 +122,8 @@ def restore(state: Mapping[str, Any], where: str) -> nn.Module:
         raise InputError(f"{where}: its net cannot be built: {problems[0][0]}: {problems[0][1]}", "checkpoint")
     # A checkpoint holds all weights: nothing is fetched for a net that began with pretrained ones.
     net = NETS.create({**section, "pretrained": False} if "pretrained" in section else section, num_classes)
+    set_taps(net, section.get("stages"))  # older checkpoints do not name them
+    net = equipped(net, state["net"].get("equipment", {}))
     try:
         net.load_state_dict(state["state_dict"])
     except RuntimeError as error:

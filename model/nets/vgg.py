@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.nets import NETS
 from model.nets.cnn import require_size
+from model.nets.initialisation import he_normal_by_fan_out
 from model.nets.resnet import Stage
 from model.outputs import Outputs
 
@@ -21,13 +23,21 @@ class VGG(nn.Module):
         num_convs: Convolutions of each stage.
         widths: Channels of each stage.
         num_copies: How often the classifier sees each pooled value.
+        last_average: The last stage keeps the size of the one before it, which is not pooled, and is averaged to one
+            value per channel.
     """
 
     input_size: int | None = 32
     activation = staticmethod(F.relu)
 
     def __init__(
-        self, num_classes: int, num_convs: Sequence[int], widths: Sequence[int], *, num_copies: int = 1
+        self,
+        num_classes: int,
+        num_convs: Sequence[int],
+        widths: Sequence[int],
+        *,
+        num_copies: int = 1,
+        last_average: bool = False,
     ) -> None:
         super().__init__()
         self.features = nn.ModuleList()
@@ -38,7 +48,11 @@ class VGG(nn.Module):
                 layers.append(nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width)))
                 channels = width
             self.features.append(Stage(*layers))
-        size = 32 // 2 ** len(widths)
+        pools: list[nn.Module] = [nn.MaxPool2d(2) for _ in widths]
+        if last_average:
+            pools[-2:] = [nn.Identity(), nn.AdaptiveAvgPool2d(1)]
+        self.pools = nn.ModuleList(pools)
+        size = 1 if last_average else 32 // 2 ** len(widths)
         self.num_copies = num_copies
         self.classifier = nn.Linear(channels * size * size * num_copies, num_classes)
 
@@ -54,16 +68,38 @@ class VGG(nn.Module):
         require_size(self, images)
         preacts, features = [], []
         maps = images  # (N, 3, 32, 32); a stage's maps are taken before they are pooled
-        for stage in self.features:
+        for stage, pool in zip(self.features, self.pools, strict=True):
             preact, feature = stage(maps)
             preacts.append(preact)
             features.append(feature)
-            maps = F.max_pool2d(feature, 2)
+            maps = pool(feature)
         embedding = maps.flatten(1).repeat_interleave(self.num_copies, dim=1)  # (N, C, h, w) -> (N, C * h * w * copies)
         return Outputs(self.classifier(embedding), tuple(features), tuple(preacts), embedding)
 
 
 WIDTHS = (64, 128, 256, 512, 512)
+
+LastStageSize = Literal[2, 4]
+
+
+@NETS.register("vgg8")
+def vgg8(num_classes: int, *, last_stage_size: LastStageSize = 4) -> nn.Module:
+    """VGG of one convolution per stage and one linear layer, for images of 32x32 pixels: 4.0 M parameters, 100 classes.
+
+    Args:
+        last_stage_size: Height and width of the last stage's maps: 4, the size of the stage before it, then a global
+            average, or 2, with a max-pooling before and after it as in the larger VGGs.
+
+    Source: Tian et al., "Contrastive Representation Distillation", 2020, supplementary material, "network
+    architectures"; layers and initial weights of their code, RepDistiller.
+    """
+    net = VGG(num_classes, (1, 1, 1, 1, 1), WIDTHS, last_average=last_stage_size == 4)
+    he_normal_by_fan_out(net)
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    nn.init.normal_(net.classifier.weight, std=0.01)
+    return net
 
 
 @NETS.register("vgg11")
@@ -77,13 +113,19 @@ def vgg11(num_classes: int) -> nn.Module:
 
 
 @NETS.register("vgg13")
-def vgg13(num_classes: int) -> nn.Module:
+def vgg13(num_classes: int, *, last_stage_size: LastStageSize = 2) -> nn.Module:
     """VGG-13 with batch norm and one linear layer, for images of 32x32 pixels: 9.4 M parameters.
+
+    Args:
+        last_stage_size: Height and width of the last stage's maps: 2, with a max-pooling before and after it, or 4, the
+            size of the stage before it, then a global average; 4 is the net of the CIFAR-100 benchmark of Tian et al.,
+            "Contrastive Representation Distillation", 2020.
 
     Source: Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition", 2015, table 1,
     B; batch norm and classifier of kuangliu/pytorch-cifar.
+    Deviation: in that benchmark the initial weights are drawn as those of `vgg8`, here with either size as torch does.
     """
-    return VGG(num_classes, (2, 2, 2, 2, 2), WIDTHS)
+    return VGG(num_classes, (2, 2, 2, 2, 2), WIDTHS, last_average=last_stage_size == 4)
 
 
 @NETS.register("vgg16")

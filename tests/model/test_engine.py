@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 from collections import Counter
@@ -14,18 +15,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model import data, engine
+from model import data, engine, losses
 from model.data import DATASETS
+from model.data.joined import with_unlabelled
 from model.devices import place
 from model.engine import Learner, Totals, evaluate, train_epoch
 from model.errors import DivergedError, InputError
 from model.losses import LOSSES
 from model.losses.base import Loss
 from model.losses.kd import KDLoss
+from model.losses.objective import Objective
 from model.metrics import agreement
 from model.nets import NETS
 from model.optim import OPTIMIZERS, SCHEDULES, create_optimizer, create_schedule
 from model.outputs import Batch, Outputs, outputs_of
+from model.taps import set_taps, taps_of
 from model.teacher import FrozenTeacher
 
 CPU = torch.device("cpu")
@@ -54,7 +58,7 @@ def teacher_of(seed: int = 99) -> FrozenTeacher:
 
 def learner_of(
     student: nn.Module | None = None,
-    loss: Loss | dict[str, Any] = CE,
+    loss: Loss | Objective | dict[str, Any] = CE,
     optimizer: str = "sgd",
     precision: str = "fp32",
     rate: float = 0.01,
@@ -64,7 +68,7 @@ def learner_of(
     **options: Any,
 ) -> Learner:
     student = student or net_of()
-    if not isinstance(loss, Loss):
+    if isinstance(loss, dict):
         loss = LOSSES.create(LOSSES.resolve(loss)[0])
     section, problems = OPTIMIZERS.resolve({"name": optimizer, "learning_rate": rate, **options})
     assert problems == []
@@ -374,6 +378,31 @@ def test_a_probe_of_a_foreign_net_has_logits_only() -> None:
     shown = engine.probe(linear_net(), "linear", (3, 1, 1))
     assert shown.outputs.logits.shape == (1, CLASSES)
     assert shown.outputs.features == ()
+
+
+def test_a_probe_gives_a_foreign_net_stages_unless_it_has_some() -> None:
+    net = NETS.create({"name": "torchvision/resnet18"}, CLASSES)
+    shown = engine.probe(net, "torchvision/resnet18", (3, 32, 32))
+    assert taps_of(net) == ("relu", "layer1", "layer2", "layer3")
+    assert [tuple(m.shape) for m in shown.outputs.features] == [
+        (1, 64, 16, 16), (1, 64, 8, 8), (1, 128, 4, 4), (1, 256, 2, 2)
+    ]  # fmt: skip
+    assert shown.outputs.embedding is not None
+    assert shown.outputs.embedding.shape == (1, 512)
+    set_taps(net, ["layer3"])
+    assert [tuple(m.shape) for m in engine.probe(net, "torchvision/resnet18", (3, 32, 32)).outputs.features] == [
+        (1, 256, 2, 2)
+    ]
+    assert net.training
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_stages_that_a_net_does_not_have_are_one_line_with_the_key(role: str) -> None:
+    net = net_of()
+    set_taps(net, ["conv3"])
+    with pytest.raises(InputError) as caught:
+        engine.probe(net, "tiny", (3, 16, 16), role)
+    assert str(caught.value) == f"{role}.stages: net 'tiny' has no module 'conv3'; did you mean 'conv2'?"
 
 
 def test_images_that_a_net_does_not_take_are_one_line() -> None:
@@ -803,3 +832,149 @@ def test_only_fp16_scales_its_gradients() -> None:
         "bf16": False,
         "fp16": True,
     }
+
+
+# --- more than one loss, one view, one net --------------------------------------------------------------------
+
+
+def objective_of(*sections: dict[str, Any], num_epochs: int = 10) -> Objective:
+    resolved, problems = losses.resolve(list(sections))
+    assert problems == []
+    return losses.create_objective(resolved, num_epochs)
+
+
+def test_a_weighted_sum_trains_as_the_blend_that_it_equals() -> None:
+    """0.3 CE + 0.7 KD by two losses, and by kd's own alpha."""
+    students = [net_of(), net_of()]
+    whole = {**KD, "alpha": 1.0, "weight": 0.7}
+    for student, loss in zip(students, (LOSSES.create(KD), objective_of({**CE, "weight": 0.3}, whole)), strict=True):
+        train_epoch(learner_of(student, loss), splits().train, epoch=0, seed=0, teacher=teacher_of())
+    for one, other in zip(*(student.parameters() for student in students), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_loss_of_weight_0_leaves_the_run_as_it_is_without_it_to_the_last_bit() -> None:
+    students = [net_of(dropout_rate=0.3), net_of(dropout_rate=0.3)]
+    for student, sections in zip(students, ([CE], [CE, {**KD, "weight": 0.0}]), strict=True):
+        train_epoch(learner_of(student, objective_of(*sections)), splits().train, epoch=0, seed=0)
+    assert_bitwise_equal(students[0].state_dict(), students[1].state_dict())
+
+
+def test_a_loss_is_told_of_each_epoch() -> None:
+    told = []
+
+    class Listening(KDLoss):
+        def on_epoch(self, epoch: int) -> None:
+            told.append(epoch)
+
+    learner = learner_of(loss=Listening(alpha=0.5, temperature=4.0))
+    for epoch in (0, 1, 5):
+        train_epoch(learner, splits().train, epoch=epoch, seed=0, teacher=teacher_of())
+    assert told == [0, 1, 5]
+
+
+def test_the_gradient_of_each_term_on_the_logits_is_measured_on_request() -> None:
+    """At T the gradient of T^2 KL is T (p_s - p_t) / N, that of cross-entropy (p_s - y) / N."""
+    batch = batch_of(8, image_size=1)
+    learner = learner_of(linear_net(), objective_of({**CE, "weight": 2.0}, {**KD, "alpha": 1.0}), rate=1e-9)
+    teacher = FrozenTeacher(linear_net(1))
+    with torch.no_grad():
+        own, other = (net(batch.images) for net in (learner.student, teacher))
+    y = F.one_hot(batch.labels, CLASSES)
+    expected = {
+        "ce_gradient": 2 * (own.softmax(1) - y).norm() / 8,
+        "kd_gradient": 4 * ((own / 4).softmax(1) - (other / 4).softmax(1)).norm() / 8,
+    }
+    loader = ListLoader([batch])
+    plain = train_epoch(learner, loader, epoch=0, seed=0, teacher=teacher)
+    found = train_epoch(learner, loader, epoch=0, seed=0, teacher=teacher, gradient_norms=True)
+    assert set(found) - set(plain) == set(expected)
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value.item(), rel=1e-4)
+
+
+def test_measuring_gradients_changes_no_bit_of_what_is_learnt() -> None:
+    students = [net_of(), net_of()]
+    for student, measured in zip(students, (False, True), strict=True):
+        learner = learner_of(student, objective_of(CE, {**KD, "alpha": 1.0}))
+        train_epoch(learner, splits().train, epoch=0, seed=0, teacher=teacher_of(), gradient_norms=measured)
+    assert_bitwise_equal(students[0].state_dict(), students[1].state_dict())
+
+
+def cohort(number: int = 2) -> Objective:
+    objective = objective_of(CE, {"name": "dml", "peers": [{}] * number})
+    [(_, dml)] = [part for part in objective.parts() if part[0] == "dml"]
+    dml.peers.extend(net_of(10 + k) for k in range(number))
+    return objective
+
+
+def test_peers_learn_in_the_same_step_and_are_scored_beside_the_student() -> None:
+    objective = cohort()
+    before = through_a_file(objective.state_dict())
+    learner = learner_of(loss=objective)
+    for epoch in range(2):
+        train_epoch(learner, splits().train, epoch=epoch, seed=0)
+    moved = {name for name, value in objective.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == set(before)
+    scores = evaluate(learner.student, splits().val, loss=objective)
+    for number, peer in enumerate(objective.peers, start=1):
+        assert scores[f"peer{number}_accuracy"] == evaluate(peer, splits().val)["accuracy"]
+        assert not any("peer" in name for name in learner.state_dict()["state_dict"])
+
+
+def test_what_peers_learn_is_checkpointed_and_goes_on_with_the_same_bits() -> None:
+    straight = learner_of(loss=cohort())
+    for epoch in range(2):
+        train_epoch(straight, splits().train, epoch=epoch, seed=0)
+    first = learner_of(loss=cohort())
+    train_epoch(first, splits().train, epoch=0, seed=0)
+    second = learner_of(net_of(5), cohort())
+    second.load_state_dict(through_a_file(first.state_dict()))
+    train_epoch(second, splits().train, epoch=1, seed=0)
+    assert_bitwise_equal(straight.state_dict(), second.state_dict())
+
+
+def test_unlabelled_images_teach_by_the_teacher_alone() -> None:
+    """A step with them is one by hand: cross-entropy of the labelled, divergence of all."""
+    labelled, other = batch_of(6, image_size=1), batch_of(10, seed=1, image_size=1)
+    mixed = with_unlabelled(labelled, other)
+    teacher, student, twin = FrozenTeacher(linear_net(1)), linear_net(), linear_net()
+    objective = objective_of(CE, {**KD, "alpha": 1.0})
+    scores = train_epoch(learner_of(student, objective), ListLoader([mixed]), epoch=0, seed=0, teacher=teacher)
+    logits, targets = twin(mixed.images), teacher(mixed.images)
+    p, q = (targets / 4).softmax(1), (logits / 4).log_softmax(1)
+    ce = F.cross_entropy(logits[:6], labelled.labels)
+    kd = 16 * (p * (p.log() - q)).sum(1).mean()
+    assert scores["ce"] == pytest.approx(ce.item(), rel=1e-5)
+    assert scores["kd"] == pytest.approx(kd.item(), rel=1e-5)
+    assert scores["accuracy"] == (logits[:6].argmax(1) == labelled.labels).double().mean().item()
+    (ce + kd).backward()
+    for own, expected in zip(student.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, expected.grad)
+
+
+def test_a_second_view_is_shown_to_both_nets() -> None:
+    first, second = batch_of(6, image_size=1), batch_of(6, seed=1, image_size=1)
+    batch = dataclasses.replace(first, strong_images=second.images)
+    seen: list[tuple[Outputs, Outputs]] = []
+
+    class TwoViews(Loss):
+        needs = frozenset({"logits", "strong_logits"})
+        needs_teacher = True
+
+        def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+            assert teacher is not None
+            seen.append((student, teacher))
+            return {"two": student.logits.mean() + student.strong_logits.mean()}
+
+    student, teacher = linear_net(), FrozenTeacher(linear_net(1))
+    twin = linear_net()
+    train_epoch(learner_of(student, TwoViews()), ListLoader([batch]), epoch=0, seed=0, teacher=teacher)
+    [outputs] = seen
+    for net, found in zip((twin, teacher), outputs, strict=True):
+        torch.testing.assert_close(found.logits, net(first.images))
+        torch.testing.assert_close(found.strong_logits, net(second.images))
+    evaluate(student, ListLoader([first]), loss=TwoViews(), teacher=teacher)
+    student_outputs, teacher_outputs = seen[1]
+    assert torch.equal(student_outputs.strong_logits, student_outputs.logits), "in validation there is one view"
+    assert torch.equal(teacher_outputs.strong_logits, teacher_outputs.logits)

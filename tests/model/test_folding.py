@@ -12,16 +12,17 @@ from torch.testing import assert_close
 
 from model.folding import cast_weights, fold_batch_norms
 from model.nets import NETS
-from model.outputs import Outputs
+from model.outputs import Outputs, features_of
+from model.taps import set_taps
 
 NUM_CLASSES = 5
 FEATURES = frozenset({"logits", "features"})
-OURS = [name for name in NETS if name != "torchvision/"]
+OURS = [name for name in NETS if not name.endswith("/")]
 SMALL: dict[str, dict[str, Any]] = {"wrn": {"depth": 10, "widen_factor": 2}}
 # One of each family and form; the others are as these are, just larger.
 FAST = {"cnn", "densenet", "densenet40", "efficientnet_b0_cifar", "mobilenets_s", "mobilenetv2", "mobilenetv2_cifar"}
 FAST |= {"preresnet110", "resnet18", "resnet20", "resnet50", "resnext29", "resnext29_2x64d", "studentmodel"}
-FAST |= {"studentnet", "tiny", "vgg11", "wrn"}
+FAST |= {"shufflenetv1", "shufflenetv2", "studentnet", "tiny", "vgg11", "wrn"}
 THEIRS = ["torchvision/googlenet", "torchvision/mobilenet_v3_small", "torchvision/shufflenet_v2_x0_5"]
 NAMES = [pytest.param(name, marks=[] if name in {*FAST, *THEIRS} else pytest.mark.slow) for name in [*OURS, *THEIRS]]
 
@@ -287,6 +288,27 @@ def test_what_is_told_besides_the_logits_matters_only_where_it_is_needed() -> No
     folded, number = fold_batch_norms(net, FEATURES, images.shape[1:])
     assert number == 0
     assert all(map(torch.equal, answers(folded, images), answers(net, images)))
+
+
+def test_a_folded_net_gives_the_maps_of_its_taps() -> None:
+    net: Any = create("torchvision/resnet18")
+    # What a norm reads, what a norm puts out, and whole stages.
+    set_taps(net, ["relu", "layer1.0.conv1", "layer2.0.downsample.1", "layer3", "layer4"])
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    folded, number = fold_batch_norms(net, FEATURES, images.shape[1:])
+    assert number == norms_in(net) - 1  # the tapped convolution's stays
+    assert isinstance(folded.get_submodule("layer1.0.bn1"), nn.BatchNorm2d)
+    assert isinstance(folded.get_submodule("layer2.0.downsample.1"), nn.Identity)
+    with torch.no_grad():
+        pairs = zip(tensors_of(features_of(folded, images)), tensors_of(features_of(net, images)), strict=True)
+        for found, expected in pairs:
+            assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_a_tap_does_not_matter_where_only_logits_are_needed() -> None:
+    net: Any = create("tiny")
+    set_taps(net, ["conv1"])
+    assert [fold_batch_norms(net, needs)[1] for needs in (frozenset({"logits"}), FEATURES)] == [2, 1]
 
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -362,6 +362,9 @@ def test_a_teachers_section_takes_the_place_of_its_name() -> None:
     assert (values["teacher"]["model_dir"], values["teacher"]["restore_file"]) == ("experiments/mine", "last")
     assert resolve(changed(teacher={"restore_file": "last"}))[1][0][0] == "teacher.model_dir"
     assert resolve(changed(teacher=None))[1][0][0] == "teacher"
+    several = resolved(changed(teacher=["wrn", {"model_dir": "densenet"}, "experiments/mine"]))["teacher"]
+    places = ["experiments/base_wrn", "experiments/base_densenet", "experiments/mine"]
+    assert [section["model_dir"] for section in several] == places
 
 
 @pytest.mark.parametrize(
@@ -526,7 +529,7 @@ def test_the_reference_has_a_meaning_for_every_key() -> None:
         ("dataset", {"name": "digits"}),
         ("dataset", {"name": "image_folder", "data_dir": "/images"}),
         ("schedule", {"name": "cosine"}),
-        ("loss", {"name": "fitnets"}),
+        ("loss", {"name": "dkd"}),
         ("optimizer", {"name": "sgd", "learning_rate": 0.1}),
     ],
 )

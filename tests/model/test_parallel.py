@@ -420,7 +420,7 @@ def test_a_distilled_student_is_that_of_one_process_and_only_the_first_writes(
 NOISY = {
     "dataset": {"train_size": 300, "batch_size": 16},  # 17 steps: two agreements an epoch
     "student": {"width": 4, "dropout_rate": 0.3},
-    "loss": {"name": "fitnets", "hint_weight": 1.0},
+    "loss": [{"name": "ce"}, {"name": "fitnets", "weight": 1.0}],
 }
 
 

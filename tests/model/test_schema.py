@@ -44,14 +44,16 @@ def problems_of(**changes: Any) -> dict[str, str]:
 def test_every_option_is_in_the_result_with_its_default() -> None:
     values, problems = resolve(RAW)
     assert problems == []
-    assert set(values) == {*options_of(run_options), *SECTIONS, "teacher"}
+    assert set(values) == {*options_of(run_options), *SECTIONS, "teacher", "unlabelled"}
     for section, registry in SECTIONS.items():
         options = {**options_of(registry[values[section]["name"]])}
         options |= options_of(registry.common) if registry.common else {}
         assert set(values[section]) == {"name", *options}
         written = RAW.get(section, {})
         for key, (_, default) in options.items():
-            assert values[section][key] == written.get(key, default)
+            # A loss's own usual weight stands for no weight.
+            expected = 1.0 if (section, key) == ("loss", "weight") else written.get(key, default)
+            assert values[section][key] == expected
     assert values["seed"] == 230
     assert values["schedule"]["name"] == "constant"
     defaults = {key: default for key, (_, default) in options_of(teacher_options).items()}
@@ -76,7 +78,8 @@ def test_what_was_given_is_not_changed() -> None:
 def test_without_loss_and_teacher_it_is_plain_training() -> None:
     values, problems = resolve(changed(loss=..., teacher=...))
     assert problems == []
-    assert values["loss"] == {"name": "ce", "label_smoothing": 0.0}
+    assert values["loss"] == {"name": "ce", "label_smoothing": 0.0, "weight": 1.0}
+    assert values["unlabelled"] is None
     assert values["teacher"] is None
     assert resolve(changed(loss=..., teacher=None)) == (values, [])
 
@@ -170,7 +173,11 @@ def test_a_section_that_has_a_default_goes_by_its_name_unless_it_says_another(se
 @pytest.mark.parametrize("section", list(SECTIONS))
 @pytest.mark.parametrize("value", ["sgd", ["sgd"], 3, True])
 def test_a_section_is_an_object(section: str, value: object) -> None:
-    assert problems_of(**{section: value}) == {section: f'expected {{"name": ..., options}}, got {value!r}'}
+    text = 'expected {"name": ..., options}, got '
+    if section == "loss" and isinstance(value, list):  # or a list of such
+        assert problems_of(**{section: value}) == {"loss.0": f"{text}'sgd'"}
+    else:
+        assert problems_of(**{section: value}) == {section: f"{text}{value!r}"}
 
 
 def test_a_teacher_is_a_directory_as_text_or_with_options() -> None:
@@ -188,7 +195,20 @@ def test_a_teacher_is_a_directory_as_text_or_with_options() -> None:
 @pytest.mark.parametrize(
     ("teacher", "key", "message"),
     [
-        (["a", "b"], "teacher", "expected an experiment directory as text or {\"model_dir\": ...}, got ['a', 'b']"),
+        ([], "teacher", "the list is empty; name at least one teacher"),
+        (["a", 3], "teacher.1", 'expected an experiment directory as text or {"model_dir": ...}, got 3'),
+        (["a", ["b"]], "teacher.1", "expected an experiment directory as text or {\"model_dir\": ...}, got ['b']"),
+        (["a", None], "teacher.1", 'expected an experiment directory as text or {"model_dir": ...}, got None'),
+        ([{"model_dir": "a"}, {}], "teacher.1.model_dir", "is missing and has no default"),
+        ([{"model_dir": "a", "cach": "lazy"}, "b"], "teacher.0.cach", "unknown option; did you mean 'cache'?"),
+        ([{"model_dir": "a", "weight": 0}, "b"], "teacher.0.weight", "0 is not above 0.0"),
+        (
+            ["a", "b", {"model_dir": "a", "weight": 2}],
+            "teacher.2.model_dir",
+            "teacher 0 again; give that one more weight",
+        ),
+        ({"model_dir": "a", "weight": 2}, "teacher.weight", "there is one teacher; remove it"),
+        ([{"model_dir": "a", "weight": 2}], "teacher.weight", "there is one teacher; remove it"),
         (3, "teacher", 'expected an experiment directory as text or {"model_dir": ...}, got 3'),
         (True, "teacher", 'expected an experiment directory as text or {"model_dir": ...}, got True'),
         ({}, "teacher.model_dir", "is missing and has no default"),
@@ -202,6 +222,76 @@ def test_a_teacher_is_a_directory_as_text_or_with_options() -> None:
 )
 def test_what_is_no_teacher_is_refused(teacher: object, key: str, message: str) -> None:
     assert problems_of(teacher=teacher) == {key: message}
+
+
+def test_several_teachers_are_a_list_and_a_list_of_one_is_what_is_in_it() -> None:
+    defaults = {key: default for key, (_, default) in options_of(teacher_options).items()}
+    values, problems = resolve(changed(teacher=["a", {"model_dir": "b", "weight": 2, "cache": "lazy"}]))
+    b = defaults | {"model_dir": "b", "weight": 2, "cache": "lazy"}
+    assert (values["teacher"], problems) == ([defaults | {"model_dir": "a"}, b], [])
+    assert resolve(values) == (values, [])
+    assert resolve(changed(teacher=["a"])) == resolve(changed(teacher="a"))
+    both = [{"model_dir": "a"}, {"model_dir": "a", "restore_file": "last"}]  # of one directory, but two sets of weights
+    assert problems_of(teacher=both) == {}
+
+
+AT = [{"name": "ce"}, {"name": "at"}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "message"),
+    [
+        (
+            {"loss": AT},
+            "teacher",
+            "loss 'at' reads maps, which several teachers cannot give together; name one teacher",
+        ),
+        (
+            {"loss": [{"name": "ce"}, {"name": "crd"}]},
+            "teacher",
+            "loss 'crd' reads embeddings, which several teachers cannot give together; name one teacher",
+        ),
+        (
+            {"loss": [{"name": "kd", "alpha": 0.9, "temperature": t} for t in (4, 2)]},
+            "combine_teachers",
+            '"probabilities" needs one temperature, but kd has 4 and kd_2 has 2; set them equal or combine "logits"',
+        ),
+        (
+            {"loss": [{"name": "ce"}, {"name": "ctkd"}]},
+            "combine_teachers",
+            '"probabilities" needs one temperature, but ctkd has no single one; set them equal or combine "logits"',
+        ),
+        ({"teacher": ["a"], "combine_teachers": "logits"}, "combine_teachers", "there is one teacher; remove it"),
+        (
+            {"teacher": None, "loss": ..., "combine_teachers": "logits"},
+            "combine_teachers",
+            "there is no teacher; remove it",
+        ),
+        ({"combine_teachers": "votes"}, "combine_teachers", "'votes' is not one of 'probabilities' or 'logits'"),
+    ],
+)
+def test_what_several_teachers_cannot_do_together_is_told(changes: dict[str, Any], key: str, message: str) -> None:
+    assert problems_of(**({"teacher": ["a", "b"]} | changes)) == {key: message}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": AT, "teacher": "a"},
+        {"loss": [{"name": "kd", "alpha": 0.9, "temperature": t} for t in (4, 2)], "combine_teachers": "logits"},
+        {"loss": [{"name": "ce"}, {"name": "ctkd"}], "combine_teachers": "logits"},
+        {"loss": [{"name": "ce"}, {"name": "at", "weight": 0}]},  # it never counts
+        {"loss": ...},  # teachers that only evaluate.py compares with
+    ],
+)
+def test_what_several_teachers_can_do_together_is_accepted(changes: dict[str, Any]) -> None:
+    assert problems_of(**({"teacher": ["a", "b"]} | changes)) == {}
+
+
+def test_a_store_of_every_one_of_several_teachers_is_checked() -> None:
+    teachers = ["a", {"model_dir": "b", "cache": "lazy"}, {"model_dir": "c", "cache": "full"}]
+    found = problems_of(teacher=teachers, unlabelled={"name": "rest"})
+    assert set(found) == {"teacher.1.cache", "teacher.2.cache"}
 
 
 @pytest.mark.parametrize(
@@ -326,7 +416,7 @@ def test_a_new_entry_is_in_the_reference_and_in_the_json_schema() -> None:
 def test_the_reference_has_every_entry_and_every_option_of_every_registry() -> None:
     text = reference()
     parts = dict(re.findall(r"^#### `(\w+)`\n(.*?)(?=^####|\Z)", text, re.MULTILINE | re.DOTALL))
-    assert list(parts) == ["teacher", *SECTIONS]
+    assert list(parts) == ["teacher", "unlabelled", *SECTIONS]
     for section, registry in SECTIONS.items():
         for option in options_of(registry.common) if registry.common else ():
             assert re.search(rf"^\| `{option}` \| .+ \| .+ \| \S.* \|$", parts[section], re.MULTILINE)
@@ -363,10 +453,13 @@ def test_every_row_of_the_reference_has_the_columns_of_its_table() -> None:
 def test_the_json_schema_mentions_every_entry_with_its_options() -> None:
     found = json.loads(json.dumps(json_schema(), allow_nan=False))
     assert found["additionalProperties"] is False
-    assert set(found["properties"]) == {*options_of(run_options), *SECTIONS, "teacher"}
+    assert set(found["properties"]) == {*options_of(run_options), *SECTIONS, "teacher", "unlabelled"}
     assert set(found["required"]) == {"num_epochs", "dataset", "student", "optimizer"}
     for section, registry in SECTIONS.items():
         branches = found["properties"][section]["oneOf"]
+        if section == "loss":  # one, or a list of them
+            *branches, several = branches
+            assert several == {"type": "array", "minItems": 1, "items": {"oneOf": branches}}
         assert [branch["title"] for branch in branches] == list(registry)
         for branch, (name, entry) in zip(branches, registry.items(), strict=True):
             options = options_of(entry) | (options_of(registry.common) if registry.common else {})
@@ -381,7 +474,8 @@ def test_the_json_schema_mentions_every_entry_with_its_options() -> None:
                 assert re.match(branch["properties"]["name"]["pattern"], f"{name}x")
             else:
                 assert branch["properties"]["name"]["const"] == name
-    text, null, full = found["properties"]["teacher"]["oneOf"]
+    text, null, full, several = found["properties"]["teacher"]["oneOf"]
+    assert several == {"type": "array", "minItems": 1, "items": {"oneOf": [text, full]}}
     assert (text["type"], null["type"], set(full["properties"])) == ("string", "null", set(options_of(teacher_options)))
     assert "$ref" not in json.dumps(found), "a reference would not be found below a branch"
 

@@ -11,13 +11,14 @@ from torch.testing import assert_close
 
 from model.errors import InputError
 from model.nets import NETS
-from model.outputs import Batch
+from model.outputs import Batch, outputs_of
+from model.taps import set_taps, taps_of
 from model.teacher import FrozenTeacher, create_teacher, fingerprint_of
 from model.teacher_store import TeacherStore
 
 OURS = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
 THEIRS = {"mean": [0.1, 0.2, 0.6], "std": [0.5, 0.1, 0.4]}
-SECTION: dict[str, Any] = {"model_dir": "experiments/t", "mean": None, "std": None}
+SECTION: dict[str, Any] = {"model_dir": "experiments/t", "mean": None, "std": None, "stages": None}
 RECORD: dict[str, Any] = {
     "section": {"name": "tiny", "width": 8, "dropout_rate": 0.5},
     "num_classes": 3,
@@ -179,6 +180,20 @@ def test_it_knows_how_well_it_did_in_its_own_run(accuracy: float | None) -> None
     assert create_teacher(state, SECTION, RECORD).accuracy == accuracy
 
 
+@pytest.mark.parametrize(
+    ("own", "given", "expected"), [(None, None, ()), (["bn1"], None, ("bn1",)), (["bn1"], ["conv2"], ("conv2",))]
+)
+def test_its_stages_are_those_of_its_own_run_unless_others_are_named(
+    own: list[str] | None, given: list[str] | None, expected: tuple[str, ...]
+) -> None:
+    state = state_of(net_of(), section=RECORD["section"] | {"stages": own})
+    teacher = create_teacher(state, SECTION | {"stages": given}, RECORD)
+    assert taps_of(teacher.net) == expected
+    features = teacher.forward_with_features(images()).features
+    assert [len(features[0][0])] == {(): [8], ("bn1",): [8], ("conv2",): [16]}[expected]
+    assert len(features) == (len(expected) or 2)
+
+
 def test_its_fingerprint_is_that_of_options_weights_and_statistics() -> None:
     net = net_of()
     one = create_teacher(state_of(net), SECTION, RECORD).fingerprint
@@ -221,6 +236,22 @@ def test_a_fast_copy_computes_in_its_own_precision_whatever_is_around_it() -> No
     assert half(images()).dtype == torch.bfloat16
     assert_close(half(images()).float(), teacher(images()), rtol=0.05, atol=0.05)
     assert teacher(images()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_fast_copy_has_the_same_taps(precision: str) -> None:
+    torch.manual_seed(0)
+    net: nn.Module = NETS.create({"name": "torchvision/resnet18"}, 3)
+    net(torch.randn(4, 3, 64, 64))
+    set_taps(net, ["layer2.0.conv1", "layer3"])
+    teacher = FrozenTeacher(net)
+    pictures = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    fast = teacher.fast(precision, frozenset({"logits", "features"}), (3, 64, 64))
+    assert fast.num_folded == 19
+    ours, theirs = (outputs_of(each, pictures, frozenset({"features"})).features for each in (fast, teacher))
+    assert len(ours) == 2
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one - other).abs().max() < (1e-4 if precision == "fp32" else 0.05) * other.abs().max()
 
 
 # --- with a store ---------------------------------------------------------------------------------------------

@@ -225,9 +225,34 @@ def test_both_spellings_of_a_teacher_are_one(tmp_path: Path) -> None:
     assert long.options == text.options == {"teacher.model_dir": "experiments/t"}
 
 
+def test_several_teachers_are_one_cell_and_what_they_share_stands_there_once(tmp_path: Path) -> None:
+    write(tmp_path / "text", "params.json", {"teacher": ["t", "u/v"]})
+    write(tmp_path / "one", "params.json", {"teacher": ["t"]})
+    sections = [{"model_dir": "t", "cache": "lazy", "top_k": None}, {"model_dir": "u", "cache": "lazy", "top_k": 3}]
+    write(tmp_path / "sections", "params.json", {"teacher": sections})
+    one, several, text = collect(tmp_path)[0]
+    assert text.options == {"teacher.model_dir": "t + u/v"}
+    assert one.options == {"teacher.model_dir": "t"}
+    assert several.options == {
+        "teacher.model_dir": "t + u",
+        "teacher.cache": "lazy",
+        "teacher.top_k": "null + 3",
+    }
+
+
+def test_a_teacher_that_is_no_teacher_is_shown_as_it_stands_there(tmp_path: Path) -> None:
+    write(tmp_path, "params.json", {"teacher": ["t", 3]})
+    assert only_row(tmp_path).options == {"teacher": '["t", 3]'}
+
+
 def test_null_is_empty_and_lists_and_booleans_are_json(tmp_path: Path) -> None:
     write(tmp_path, "params.json", {"teacher": None, "loss": [{"name": "ce"}, {"name": "kd"}], "flag": True})
-    assert only_row(tmp_path).options == {"loss": '[{"name": "ce"}, {"name": "kd"}]', "flag": "true"}
+    assert only_row(tmp_path).options == {"loss.ce.name": "ce", "loss.kd.name": "kd", "flag": "true"}
+
+
+def test_a_list_that_is_not_one_of_sections_is_json(tmp_path: Path) -> None:
+    write(tmp_path, "params.json", {"schedule": {"milestones": [1, 2]}})
+    assert only_row(tmp_path).options == {"schedule.milestones": "[1, 2]"}
 
 
 def test_a_flat_params_json_that_has_not_run_fills_the_columns_of_ours(tmp_path: Path) -> None:

@@ -276,6 +276,57 @@ def test_results_of_another_teacher_are_not_taken_for_those_of_this_one(
     assert plan(parent)[0].outlook().text == "skip: completed"  # the same in another place
 
 
+def make_teachers(folder: Path, *names: str) -> list[Path]:
+    teachers = [folder / name for name in names]
+    for width, teacher in enumerate(teachers):
+        teacher.mkdir()
+        (teacher / "params.json").write_text("{}")
+        save_checkpoint(teacher / "best.pth.tar", {"epoch": width, "net": {}, "state_dict": {}})
+    return teachers
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_of_several_teachers_each_is_looked_at(make_parent: MakeParent, tmp_path: Path, as_text: bool) -> None:
+    first, second, third = make_teachers(tmp_path, "first", "second", "third")
+
+    def given(*folders: Path) -> list[Any]:
+        return [str(folder) if as_text else {"model_dir": str(folder)} for folder in folders]
+
+    parent = make_parent({"alpha": [0.1, 0.2]}, teacher=given(first, tmp_path / "nowhere"))
+    with pytest.raises(RunError, match="nowhere does not exist"):
+        check_sources(plan(parent))
+    assert [path for path in parent.iterdir() if path.name.startswith("alpha")] == []
+    parent = make_parent({"alpha": [0.1]}, teacher=given(first, second))
+    check_sources(plan(parent))
+    [child] = plan(parent)
+    write([child])
+    shas = [load_checkpoint(teacher / "best.pth.tar")[1] for teacher in (first, second)]
+    put_run(child, status="completed", epoch=3, teacher="+".join(shas))
+    assert plan(parent)[0].outlook().text == "skip: completed"
+    second.rename(tmp_path / "moved")
+    make_parent({"alpha": [0.1]}, teacher=given(first, tmp_path / "moved"))
+    assert plan(parent)[0].outlook().text == "skip: completed"
+    make_parent({"alpha": [0.1]}, teacher=given(first, third))
+    with pytest.raises(RunError, match=r"teacher.1.model_dir: other weights than it was trained with"):
+        plan(parent)
+    for others in ((first,), (first, tmp_path / "moved", third)):
+        make_parent({"alpha": [0.1]}, teacher=given(*others))
+        with pytest.raises(RunError, match=r"is not what the search asks for \(teacher"):
+            plan(parent)
+
+
+def test_options_of_one_of_several_teachers_may_be_varied(make_parent: MakeParent) -> None:
+    children = plan(make_parent({"teacher.1.weight": [1, 2]}, teacher=["a", "b"]))
+    assert [child.params["teacher"] for child in children] == [
+        [{"model_dir": "a"}, {"model_dir": "b", "weight": weight}] for weight in (1, 2)
+    ]
+    children = plan(make_parent({"teacher": ["a", ["a", "b"]]}, teacher="a"))
+    assert [(child.dir.name, child.params["teacher"]) for child in children] == [
+        ("teacher_a", "a"),
+        ("teacher_a-b", ["a", "b"]),
+    ]
+
+
 def test_points_of_several_seeds_have_a_directory_for_each(make_parent: MakeParent) -> None:
     children = plan(make_parent({"alpha": [0.1, 0.2], "seeds": [3, 5]}))
     assert [child.dir.name for child in children] == [

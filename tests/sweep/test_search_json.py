@@ -15,7 +15,7 @@ from helpers import ROOT, committed_files
 
 from sweep.search_json import DEFAULT, Reserved, read_search
 from sweep.space import Objective, Pruner, Range, Search, Strategy, Values, child_params, cover, grid, name_points
-from utils import RunError, full_key, read_json
+from utils import RunError, flatten, full_key, read_json
 
 PARAMS = {
     "num_epochs": 3,
@@ -85,7 +85,7 @@ def test_the_committed_searches_are_read() -> None:
 @pytest.mark.parametrize("name", LISTS)
 def test_lists_of_numbers_and_texts_keep_their_childrens_names(name: str) -> None:
     given, params = read_json(ROOT / name), read_json((ROOT / name).with_name("params.json"))
-    labels = ["Temp" if key == "temperature" else key for key in given]
+    labels = ["Temp" if key == "temperature" else key.rpartition(".")[2] for key in given]
     combinations = list(itertools.product(*given.values()))
     expected = ["_".join(f"{label}_{v}" for label, v in zip(labels, values, strict=True)) for values in combinations]
     search = read_search(ROOT / name, params)
@@ -94,8 +94,7 @@ def test_lists_of_numbers_and_texts_keep_their_childrens_names(name: str) -> Non
     for point, values in zip(named.values(), combinations, strict=True):
         child = child_params(params, point, search)
         for key, value in zip(given, values, strict=True):
-            section, _, option = full_key(params, key).rpartition(".")
-            assert (child[section] if section else child)[option] == value
+            assert flatten(child)[full_key(params, key)] == value
 
 
 def test_flat_params_have_their_bare_keys_varied_and_options_of_ours_by_their_path(tmp_path: Path) -> None:
@@ -155,7 +154,8 @@ def test_a_space_that_cannot_be_meant_is_one_line_with_the_file(tmp_path: Path, 
 
 def test_an_option_of_a_list_of_losses_is_refused_instead_of_guessed(tmp_path: Path) -> None:
     params = {"loss": [{"name": "ce"}, {"name": "kd"}]}
-    assert "not a section" in problems(tmp_path, {"loss.alpha": [1]}, params)[0]
+    assert "name one of ce, kd, as in loss.ce.alpha" in problems(tmp_path, {"loss.alpha": [1]}, params)[0]
+    assert list(read(tmp_path, {"loss.kd.alpha": [1]}, params).space) == ["loss.kd.alpha"]
 
 
 # --- ranges -----------------------------------------------------------------------------------------------

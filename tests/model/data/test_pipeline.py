@@ -7,10 +7,10 @@ import pytest
 import torch
 from helpers import ROOT
 
-from model.data import DATASETS, create
+from model.data import DATASETS, create, resolve_unlabelled
 from model.data.images import Images, Split, ancestor_subset
 from model.data.loader import BatchLoader
-from model.data.pipeline import Data, prepare
+from model.data.pipeline import Data, add_unlabelled, prepare
 from model.data.stream import StreamLoader
 from model.data.views import Augmentation
 from model.errors import InputError
@@ -330,3 +330,99 @@ def test_common_options_are_checked_for_every_dataset(option, value):
     for name in DATASETS:
         _, problems = DATASETS.resolve({"name": name, "data_dir": "x", option: value})
         assert any(key.split(".")[0] == option for key, _ in problems), name
+
+
+# --- more than samples under one view ------------------------------------------------------------------------
+
+
+def test_without_more_what_is_trained_on_is_the_training_set():
+    data = data_of()
+    assert data.lessons is data.train
+    assert data.second is None
+    assert data.unlabelled is None
+
+
+def test_a_second_view_has_its_own_transforms_and_the_same_samples():
+    data = data_of(second_augmentation=["crop", "horizontal_flip", "rand_augment"], batch_size=16)
+    assert torch.equal(data.second.indices, data.train.indices)
+    assert data.second.num_views is None
+    assert "second view crop + horizontal_flip + rand_augment" in data.summary
+    batch = next(iter(data.lessons.epoch(0)))
+    assert batch.strong_images.shape == batch.images.shape == (16, 3, 8, 8)
+
+
+def test_what_is_wrong_with_a_second_view_names_it():
+    with pytest.raises(InputError, match=r"dataset\.second_augmentation.*did you mean 'crop'"):
+        data_of(second_augmentation=["crops"])
+
+
+def test_samples_are_labelled_by_position_where_they_are_trained_on():
+    images = images_of()
+    data = data_of(images, subset_fraction=0.5)
+    samples = data.samples()
+    expected = torch.full((125,), -1)
+    expected[data.train.indices] = images.train.labels[data.train.indices]
+    assert torch.equal(samples.labels, expected)
+    assert samples.num_classes == 3
+
+
+def with_unlabelled(images: Images | None, data: Data, **options) -> Data:
+    return add_unlabelled(data, images, "toy", {"batch_size": 8, "augmentation": None, "num_workers": None} | options)
+
+
+def test_the_rest_is_what_is_neither_trained_nor_validated_on():
+    data = data_of(subset_fraction=0.25)
+    more = with_unlabelled(None, data)
+    parts = [more.unlabelled.indices, data.train.indices, data.val.indices]
+    assert torch.equal(torch.cat(parts).sort().values, torch.arange(125))
+    assert more.unlabelled.split is data.train.split, "no second copy"
+    assert f"{len(parts[0])} unlabelled images of toy, 8 to a step" in more.summary
+    assert more.unlabelled.augmentation == data.train.augmentation
+
+
+def test_of_another_dataset_all_training_images_are_taken_and_seen_as_the_student_sees_its_own():
+    other = images_of((30, 3), mean=(0.1,) * 3, std=(0.9,) * 3)
+    data = data_of()
+    more = with_unlabelled(other, data, batch_size=11, augmentation="none")
+    assert more.unlabelled.num_samples == 33
+    assert more.unlabelled.num_views == 1
+    batch = next(iter(more.unlabelled.epoch(0)))
+    pixels = other.train.images[batch.indices] / 255
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (data.mean, data.std))
+    torch.testing.assert_close(batch.images, (pixels - mean) / std)
+
+
+def test_unlabelled_images_change_the_fingerprint():
+    data = data_of(subset_fraction=0.5)
+    found = {data.fingerprint, with_unlabelled(None, data).fingerprint, with_unlabelled(images_of(), data).fingerprint}
+    assert len(found) == 3
+
+
+def test_unlabelled_images_that_will_not_do_are_refused():
+    with pytest.raises(InputError, match=r"leaves 0 of its training images over; lower dataset\.subset_fraction"):
+        with_unlabelled(None, data_of())
+    larger = Split(torch.zeros(4, 3, 9, 9, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(InputError, match=r"its images are \(3, 9, 9\), those of dataset \(3, 8, 8\)"):
+        with_unlabelled(images_of(train=larger, test=None), data_of())
+
+
+def test_an_unlabelled_section_takes_the_options_of_its_dataset_and_its_own():
+    assert resolve_unlabelled(None) == (None, [])
+    rest, problems = resolve_unlabelled("rest")
+    assert problems == []
+    assert rest == {"name": "rest", "batch_size": 128, "augmentation": None, "num_workers": None}
+    section, problems = resolve_unlabelled({"name": "synthetic", "train_size": 64, "batch_size": 16})
+    assert problems == []
+    assert resolve_unlabelled(section) == (section, [])
+    assert "val_fraction" not in section, "nothing is carved from them"
+    assert [key for key, _ in resolve_unlabelled({"name": "synthetic", "val_fraction": 0.1})[1]] == ["val_fraction"]
+    assert [key for key, _ in resolve_unlabelled({"name": "rest", "train_size": 3})[1]] == ["train_size"]
+    assert [key for key, _ in resolve_unlabelled("rset")[1]] == ["name"]
+
+
+def test_the_data_of_a_run_comes_with_its_unlabelled_images():
+    section, _ = DATASETS.resolve({"name": "synthetic", "train_size": 200, "batch_size": 16, "subset_fraction": 0.2})
+    for unlabelled in ("rest", {"name": "synthetic", "train_size": 90, "batch_size": 9}):
+        more = create(section, seed=0, device=CPU, unlabelled=resolve_unlabelled(unlabelled)[0])
+        batch = next(iter(more.lessons.epoch(0)))
+        assert len(batch.images) == len(batch.labels) + more.unlabelled.batch_size

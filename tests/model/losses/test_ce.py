@@ -7,6 +7,8 @@ from torch import Tensor
 
 from model.losses import LOSSES
 from model.losses.ce import CELoss
+from model.losses.kd import kd_loss
+from model.losses.tfkd import tfkd_loss
 from model.outputs import Batch, Outputs
 
 LABELS = torch.tensor([0, 4, 2, 2, 1])
@@ -45,8 +47,29 @@ def test_the_loss_is_the_cross_entropy_with_the_smoothed_labels_mean_over_the_ba
 
 
 def test_nothing_is_smoothed_by_default() -> None:
-    assert LOSSES.resolve({"name": "ce"}) == ({"name": "ce", "label_smoothing": 0.0}, [])
+    assert LOSSES.resolve({"name": "ce"}) == ({"name": "ce", "label_smoothing": 0.0, "weight": None}, [])
     assert torch.equal(loss_of(logits()), loss_of(logits(), label_smoothing=0.0))
+
+
+@pytest.mark.parametrize("smoothing", [0.05, 0.1, 0.5])
+def test_smoothing_is_the_divergence_from_a_virtual_teacher_plus_its_entropy(smoothing: float) -> None:
+    """Yuan et al., 2020: the teacher has 1 - s + s/C for the label and s/C for each other class, whatever the image."""
+    student = logits()
+    teacher = targets(smoothing)
+    log_p = log_softmax(student.detach().numpy())
+    divergence = (teacher * (np.log(teacher) - log_p)).sum(axis=1).mean()
+    sure, other = 1 - smoothing + smoothing / 6, smoothing / 6
+    entropy = -(sure * np.log(sure) + 5 * other * np.log(other))
+    loss = loss_of(student, label_smoothing=smoothing)
+    assert loss.item() == pytest.approx(divergence + entropy, rel=1e-12)
+    # The same from our own two losses of a teacher: the one that is written down, and plain distillation at T = 1.
+    virtual = tfkd_loss(student, LABELS, sure, 1.0, "paper")
+    assert loss.item() == pytest.approx(virtual.item() + entropy, rel=1e-12)
+    plain = kd_loss(student, torch.tensor(np.log(teacher)), 1.0)
+    assert loss.item() == pytest.approx(plain.item() + entropy, rel=1e-12)
+    gradients = [torch.autograd.grad(each, student)[0] for each in (loss, virtual, plain)]
+    np.testing.assert_allclose(gradients[1].numpy(), gradients[0].numpy(), rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(gradients[2].numpy(), gradients[0].numpy(), rtol=1e-9, atol=1e-15)
 
 
 def test_known_value() -> None:
@@ -54,8 +77,10 @@ def test_known_value() -> None:
     assert loss_of(student, torch.tensor([0, 1])).item() == pytest.approx(0.288726, abs=6e-7)
 
 
-def test_no_teacher_is_needed() -> None:
+def test_labels_are_needed_and_no_teacher_is() -> None:
     assert not CELoss().needs_teacher
+    assert CELoss().needs_labels
+    assert not CELoss().least_at_teacher
 
 
 def test_describe_states_the_weight_and_the_smoothing() -> None:

@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from golden import GOLDEN, check_golden, student_maps, teacher_maps
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from model.engine import Learner, evaluate, outputs_of, probe, train_epoch
 from model.errors import InputError
 from model.losses import LOSSES
+from model.losses.ce import CELoss
+from model.losses.objective import Objective
 from model.losses.overhaul import OverhaulLoss, margins, partial_l2
 from model.nets import NETS
 from model.optim import SCHEDULES, create_schedule
 from model.outputs import Batch, Outputs, Probe
 from model.teacher import FrozenTeacher
 
-# Of mdistiller's feat_loss, on `golden_maps` and six equally spaced margins.
-GOLDEN = json.loads((Path(__file__).parent / "kd_golden.json").read_text())["OFD_feat_loss"]
 CLASSES, SHAPE = 5, (3, 16, 16)
 
 
 def golden_maps() -> tuple[Tensor, Tensor, Tensor]:
-    b, k, y, x = np.meshgrid(np.arange(8), np.arange(6), np.arange(6), np.arange(6), indexing="ij")
-    phase = 0.3 * k * (y + 1) + 0.17 * x * (k + 1) + 0.05 * b * x
-    student, teacher = (height * np.sin(a * (b + 1) + phase) for a, height in ((0.5, 1.0), (0.8, 1.5)))
-    margin = torch.linspace(-1, -0.1, 6, dtype=torch.float64)
-    return torch.tensor(student, requires_grad=True), torch.tensor(teacher), margin
+    return student_maps(6), teacher_maps(6), torch.linspace(-1, -0.1, 6, dtype=torch.float64)
 
 
 # --- margins -----------------------------------------------------------------------------------------------
@@ -79,13 +73,7 @@ def test_margins_are_finite_for_channels_that_are_constant_or_far_from_0(dtype: 
 
 def test_the_distance_is_the_reference_implementations() -> None:
     student, teacher, margin = golden_maps()
-    distance = partial_l2(student, teacher, margin)
-    (gradient,) = torch.autograd.grad(distance, student)
-    norm = GOLDEN["grad_l2"]
-    assert distance.item() == pytest.approx(GOLDEN["loss"], rel=1e-12)
-    assert gradient.norm().item() == pytest.approx(norm, rel=1e-12)
-    assert gradient.sum().item() == pytest.approx(GOLDEN["grad_sum"], abs=1e-12 * norm)
-    assert gradient.flatten()[:3].tolist() == pytest.approx(GOLDEN["grad_first3"], abs=1e-12 * norm)
+    check_golden("OFD_feat_loss", partial_l2(student, teacher, margin), student)
 
 
 def test_known_distances_of_single_responses() -> None:
@@ -121,7 +109,7 @@ def test_at_the_target_distance_and_gradient_are_0() -> None:
 def test_a_batch_repeated_twice_has_the_same_distance() -> None:
     student, teacher, margin = golden_maps()
     twice = partial_l2(student.repeat(2, 1, 1, 1), teacher.repeat(2, 1, 1, 1), margin)
-    assert twice.item() == pytest.approx(GOLDEN["loss"], rel=1e-12)
+    assert twice.item() == pytest.approx(GOLDEN["OFD_feat_loss"]["loss"], rel=1e-12)
 
 
 def test_no_map_is_spread_over_others() -> None:
@@ -170,8 +158,7 @@ def batch_of(size: int, seed: int = 0) -> Batch:
     return Batch(images, labels, labels, torch.zeros_like(labels))
 
 
-@pytest.mark.parametrize("feature_weight", [1e-3, 0.25])
-def test_the_total_halves_the_weight_of_each_stage_towards_the_first(feature_weight: float) -> None:
+def test_the_total_halves_the_weight_of_each_stage_towards_the_first() -> None:
     torch.manual_seed(3)
     student_shapes = [(3, 8, 8), (4, 4, 4), (5, 2, 2)]
     teacher_shapes = [(9, 8, 8), (6, 8, 8), (7, 4, 4), (8, 2, 2)]  # the first is not the last of its size
@@ -188,7 +175,7 @@ def test_the_total_halves_the_weight_of_each_stage_towards_the_first(feature_wei
         nn.init.uniform_(norm.weight, 0.2, 1.5)
         nn.init.normal_(norm.bias)
     teacher_net.stage_norms = nn.ModuleList(norms)
-    loss = loss_of(feature_weight=feature_weight)
+    loss = loss_of()
     loss.attach(Probe("small", nn.Identity(), student), Probe("large", teacher_net, teacher))
     loss.double().eval()
 
@@ -202,9 +189,8 @@ def test_the_total_halves_the_weight_of_each_stage_towards_the_first(feature_wei
         skipped = (maps <= target) & (target <= 0)
         expected += ((maps - target) ** 2 * ~skipped).sum() / 2 ** (3 - 1 - level) / 4
     terms = loss(student, teacher, batch_of(4))
-    assert list(terms) == ["ce", "overhaul"]
-    assert terms["overhaul"].item() == pytest.approx(feature_weight * expected, rel=1e-12)
-    assert terms["ce"].item() == pytest.approx(F.cross_entropy(student.logits, batch_of(4).labels).item(), rel=1e-12)
+    assert list(terms) == ["overhaul"]
+    assert terms["overhaul"].item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_connectors_fit_the_channels_and_begin_as_in_the_paper() -> None:
@@ -253,7 +239,7 @@ def test_the_maps_of_the_stages_that_are_named_are_read() -> None:
     with torch.no_grad():
         own, other = (outputs_of(net.eval(), batch.images, loss.needs) for net in (student, teacher))
         (connector,) = loss.connectors
-        expected = 1e-3 * connector(own.preacts[1], other.preacts[1])
+        expected = connector(own.preacts[1], other.preacts[1])
         assert loss(own, other, batch)["overhaul"].item() == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -332,7 +318,6 @@ def test_nets_without_a_common_size_are_refused() -> None:
 @pytest.mark.parametrize(
     ("option", "value", "where", "problem"),
     [
-        ("feature_weight", 0, "feature_weight", "0 is not above 0.0"),
         ("teacher_statistics", "train", "teacher_statistics", "'train' is not one of 'batch' or 'running'"),
         ("student_stages", [0], "student_stages.0", "0 is below 1"),
         ("student_stages", 1, "student_stages", "expected a list, got 1"),
@@ -349,15 +334,16 @@ def test_the_defaults_are_the_authors_for_small_images() -> None:
     resolved, _ = LOSSES.resolve({"name": "overhaul"})
     assert resolved == {
         "name": "overhaul",
-        "feature_weight": 1e-3,
         "teacher_statistics": "batch",
         "student_stages": None,
         "teacher_stages": None,
+        "weight": None,
     }
-    assert attached(net_of(), net_of()).describe() == (
-        "CE x 1 + partial L2 x 0.001 of student stages [1, 2] to teacher stages [1, 2] (the last x 1, each one before"
-        " it x 1/2 of the next), summed over a map, mean over the batch; in training the teacher's batch norms have"
-        " batch statistics"
+    loss = attached(net_of(), net_of())
+    assert loss.usual_weight == 1e-3
+    assert loss.describe() == (
+        "partial L2 of student stages [1, 2] to teacher stages [1, 2] (the last x 1, each one before it x 1/2 of the"
+        " next), summed over a map, mean over the batch; in training the teacher's batch norms have batch statistics"
     )
 
 
@@ -377,10 +363,15 @@ class Batches:
         return self.batches[start:]
 
 
+def objective_of(student: nn.Module, teacher: nn.Module, weight: float | None = None, **options: Any) -> Objective:
+    losses = {"ce": CELoss(), "overhaul": attached(student, teacher, **options)}
+    return Objective(losses, {"ce": None, "overhaul": weight}, 8)
+
+
 def learner_of(teacher: nn.Module, **options: Any) -> Learner:
     torch.manual_seed(0)
     student = net_of(width=4)
-    loss = attached(student, teacher, **options)
+    loss = objective_of(student, teacher, **options)
     optimizer = torch.optim.SGD([*student.parameters(), *loss.parameters()], lr=0.02, momentum=0.9)
     section, _ = SCHEDULES.resolve({"name": "constant"})
     return Learner(student, loss, optimizer, create_schedule(section, optimizer, 10, 3))
@@ -413,7 +404,7 @@ def test_the_teacher_normalises_as_asked_in_training_and_is_bitwise_the_same_aft
 
 def test_training_lowers_the_distance_and_trains_the_connectors() -> None:
     teacher = FrozenTeacher(trained_net(7))
-    learner = learner_of(teacher.net, feature_weight=0.01)
+    learner = learner_of(teacher.net, weight=0.01)
     before = {name: value.clone() for name, value in learner.loss.state_dict().items()}
     means = [train_epoch(learner, Batches(0, 1, 2), epoch=epoch, seed=0, teacher=teacher) for epoch in range(8)]
     assert means[-1]["overhaul"] < 0.7 * means[0]["overhaul"]
@@ -427,7 +418,7 @@ def test_a_checkpoint_is_restored_after_attaching() -> None:
     learner = learner_of(teacher.net)
     train_epoch(learner, Batches(0, 1), epoch=0, seed=0, teacher=teacher)
     state = learner.loss.state_dict()
-    other = attached(learner.student, trained_net(8))
+    other = objective_of(learner.student, trained_net(8))
     other.load_state_dict(state)
     scores = [evaluate(learner.student, Batches(5), loss=loss, teacher=teacher) for loss in (learner.loss, other)]
     assert scores[0] == scores[1], "margins and connectors are those of the checkpoint"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import accumulate
 
 import pytest
@@ -62,9 +63,11 @@ def test_channels_are_rounded_as_torchvision_rounds_them(width_multiplier: float
     assert [tuple(p.shape) for p in net.parameters()] == [tuple(p.shape) for p in reference.parameters()]
 
 
-def test_mobilenetv2_begins_with_torchvisions_distributions() -> None:
+# RepDistiller's nets begin with the same.
+@pytest.mark.parametrize("name", ["mobilenetv2", "mobilenetv2_half"])
+def test_a_net_begins_with_torchvisions_distributions(name: str) -> None:
     torch.manual_seed(0)
-    net = NETS.create({"name": "mobilenetv2"}, 101)
+    net = NETS.create({"name": name}, 101)
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             std = math.sqrt(2 / (math.prod(module.kernel_size) * module.out_channels))
@@ -87,13 +90,10 @@ class Plus(nn.Module):
         return total
 
 
-def kuanglius_net_of_torchvisions_parts() -> models.MobileNetV2:
+def with_an_expansion_everywhere_and_relus(width_multiplier: float) -> models.MobileNetV2:
     rows = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 3, 2], [6, 64, 4, 2], [6, 96, 3, 1], [6, 160, 3, 2], [6, 320, 1, 1]]
-    net = models.MobileNetV2(num_classes=10, inverted_residual_setting=rows)
-    net.features[0][0].stride = (1, 1)
-    net.features[1].conv.insert(0, Conv2dNormActivation(32, 32, 1))
-    for position, before, after in ((1, 32, 16), (2, 16, 24), (11, 64, 96), (17, 160, 320)):
-        net.features[position] = Plus(net.features[position], before, after)
+    net = models.MobileNetV2(10, width_multiplier, rows, round_nearest=1)
+    net.features[1].conv.insert(0, Conv2dNormActivation(int(32 * width_multiplier), int(32 * width_multiplier), 1))
     for module in [*net.modules()]:
         for name, child in module.named_children():
             if isinstance(child, nn.ReLU6):
@@ -101,9 +101,27 @@ def kuanglius_net_of_torchvisions_parts() -> models.MobileNetV2:
     return net
 
 
-def test_mobilenetv2_cifar_has_expansions_shortcuts_and_relus_as_kuanglius() -> None:
-    reference = randomise(kuanglius_net_of_torchvisions_parts())
-    net = NETS.create({"name": "mobilenetv2_cifar"}, 10).double().eval()
+def kuanglius_net_of_torchvisions_parts() -> models.MobileNetV2:
+    net = with_an_expansion_everywhere_and_relus(1.0)
+    net.features[0][0].stride = (1, 1)
+    for position, before, after in ((1, 32, 16), (2, 16, 24), (11, 64, 96), (17, 160, 320)):
+        net.features[position] = Plus(net.features[position], before, after)
+    return net
+
+
+# RepDistiller's differs from torchvision's, at the benchmark's size, in its first block, its ReLUs and one stride.
+@pytest.mark.parametrize(
+    ("name", "create_reference"),
+    [
+        ("mobilenetv2_cifar", kuanglius_net_of_torchvisions_parts),
+        ("mobilenetv2_half", lambda: with_an_expansion_everywhere_and_relus(0.5)),
+    ],
+)
+def test_a_net_for_small_images_has_expansions_shortcuts_and_relus_as_its_model(
+    name: str, create_reference: Callable[[], models.MobileNetV2]
+) -> None:
+    reference = randomise(create_reference())
+    net = NETS.create({"name": name}, 10).double().eval()
     copy_in_order(reference, net)
     with torch.no_grad():
         outputs = net.forward_with_features(images(32))
@@ -120,6 +138,14 @@ def test_there_is_a_stage_for_each_row_of_the_table(name: str, sizes: list[int])
     with torch.device("meta"):
         outputs = NETS.create({"name": name}, 10).forward_with_features(torch.empty(2, 3, 224, 224))
     channels = [16, 24, 32, 64, 96, 160, 320]
+    assert [tuple(f.shape) for f in outputs.features] == [(2, c, s, s) for c, s in zip(channels, sizes, strict=True)]
+    assert outputs.embedding.shape == (2, 1280)
+
+
+def test_mobilenetv2_half_has_half_the_channels_and_halves_the_size_four_times() -> None:
+    with torch.device("meta"):
+        outputs = NETS.create({"name": "mobilenetv2_half"}, 10).forward_with_features(torch.empty(2, 3, 32, 32))
+    channels, sizes = [8, 12, 16, 32, 48, 80, 160], [16, 16, 8, 4, 4, 2, 2]
     assert [tuple(f.shape) for f in outputs.features] == [(2, c, s, s) for c, s in zip(channels, sizes, strict=True)]
     assert outputs.embedding.shape == (2, 1280)
 

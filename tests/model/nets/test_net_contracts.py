@@ -16,8 +16,11 @@ from model.outputs import Outputs
 from model.registry import options_of
 
 NUM_CLASSES = 7
-MEMBERS = {"torchvision/": ["torchvision/resnet18", "torchvision/mobilenet_v3_small"]}
-# A loss finds the layers of torchvision's nets by their paths.
+MEMBERS = {
+    "timm/": ["timm/mobilenetv3_small_050"],
+    "torchvision/": ["torchvision/resnet18", "torchvision/mobilenet_v3_small"],
+}
+# A loss finds the layers of the others by their paths.
 OURS = [name for name in NETS if name not in MEMBERS]
 NAMES = OURS + [name for members in MEMBERS.values() for name in members]
 
@@ -40,7 +43,7 @@ def net_in_eval(name: str) -> nn.Module:
 
 def images_for(net: nn.Module, name: str) -> Tensor:
     # As small as the net takes them: the claims do not depend on the size.
-    size = net.input_size or (32 if name.startswith("torchvision/") else 8)
+    size = net.input_size or (32 if "/" in name else 8)
     assert isinstance(size, int)
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
 

@@ -19,8 +19,7 @@ def create_without_memory(section: dict[str, Any], num_classes: int) -> nn.Modul
 
 
 # Counted on the networks as published: the ancestor's and seed 002's. The thin ResNets'
-# are those of He et al. 2015, table 6, to all digits, and with 1x1 shortcuts and 100 classes that of RepDistiller's
-# resnet20.
+# are those of He et al. 2015, table 6, to all digits.
 @pytest.mark.parametrize(
     ("section", "num_classes", "parameters"),
     [
@@ -50,7 +49,6 @@ def create_without_memory(section: dict[str, Any], num_classes: int) -> nn.Modul
         ({"name": "resnet44"}, 10, 658_586),
         ({"name": "resnet56"}, 10, 853_018),
         ({"name": "resnet110"}, 10, 1_727_962),
-        ({"name": "resnet20", "shortcut": "conv"}, 100, 278_324),
         ({"name": "tiny"}, 10, 5_466),
         ({"name": "torchvision/resnet50"}, 1000, 25_557_032),
         ({"name": "torchvision/mobilenet_v3_small"}, 1000, 2_542_856),
@@ -89,3 +87,35 @@ def test_multiply_accumulates_of_a_32x32_image_are_the_published_ones(name: str,
     macs = count_macs(create_without_memory({"name": name}, 10), (3, 32, 32))
     digits = len(millions.partition(".")[2])
     assert f"{macs / 1e6:.{digits}f}" == millions
+
+
+# The CIFAR-100 benchmark of RepDistiller and mdistiller, as published and as a FLOP counter counts RepDistiller's nets,
+# with 100 classes.
+@pytest.mark.parametrize(
+    ("section", "parameters", "millions"),
+    [
+        ({"name": "resnet20", "shortcut": "conv"}, 278_324, "41"),
+        ({"name": "resnet32", "shortcut": "conv"}, 472_756, "69"),
+        ({"name": "resnet56", "shortcut": "conv"}, 861_620, "126"),
+        ({"name": "resnet110", "shortcut": "conv"}, 1_736_564, "253"),
+        ({"name": "resnet8x4"}, 1_233_540, "177"),
+        ({"name": "resnet32x4"}, 7_433_860, "1083"),
+        ({"name": "resnet50"}, 23_705_252, "1298"),
+        ({"name": "wrn_16_2"}, 703_284, "101"),
+        ({"name": "wrn_40_1"}, 569_780, "83"),
+        ({"name": "wrn_40_2"}, 2_255_156, "328"),
+        ({"name": "vgg8"}, 3_965_028, "96"),
+        ({"name": "vgg13", "last_stage_size": 4}, 9_462_180, "285"),
+        ({"name": "mobilenetv2_half"}, 812_836, "6.5"),
+        ({"name": "shufflenetv1"}, 949_258, "39"),
+        ({"name": "shufflenetv2"}, 1_355_528, "45"),
+    ],
+    ids=str,
+)
+def test_a_net_of_the_distillation_benchmark_has_its_size(
+    section: dict[str, Any], parameters: int, millions: str
+) -> None:
+    net = create_without_memory(section, 100)
+    assert sum(parameter.numel() for parameter in net.parameters()) == parameters
+    digits = len(millions.partition(".")[2])
+    assert f"{count_macs(net, (3, 32, 32)) / 1e6:.{digits}f}" == millions

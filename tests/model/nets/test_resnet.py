@@ -1,17 +1,22 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from reference_nets import copy_in_order, randomise
 from torch import nn
 from torch.testing import assert_close
+from torchvision.models.resnet import BasicBlock
+from torchvision.ops import Conv2dNormActivation
 
 from model.nets import NETS
 from model.nets.resnet_cifar import PadShortcut
 
 THIN = ["resnet20", "resnet32", "resnet44", "resnet56", "resnet110"]
 WIDE = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+FOURFOLD = ["resnet8x4", "resnet32x4"]
 
 
 def layers(net: nn.Module) -> list[nn.Module]:
@@ -20,10 +25,10 @@ def layers(net: nn.Module) -> list[nn.Module]:
     return [layer for path, layer in net.named_modules() if isinstance(layer, kinds) and "shortcut" not in path]
 
 
-@pytest.mark.parametrize("name", THIN + WIDE)
+@pytest.mark.parametrize("name", THIN + WIDE + FOURFOLD)
 def test_the_name_says_the_number_of_layers(name: str) -> None:
     with torch.device("meta"):
-        assert len(layers(NETS.create({"name": name}, 10))) == int(name.removeprefix("resnet"))
+        assert len(layers(NETS.create({"name": name}, 10))) == int(name.removeprefix("resnet").removesuffix("x4"))
 
 
 @pytest.mark.parametrize(
@@ -32,6 +37,7 @@ def test_the_name_says_the_number_of_layers(name: str) -> None:
         ("resnet18", [64, 128, 256, 512], [32, 16, 8, 4]),
         ("resnet50", [256, 512, 1024, 2048], [32, 16, 8, 4]),
         ("resnet20", [16, 32, 64], [32, 16, 8]),
+        ("resnet32x4", [64, 128, 256], [32, 16, 8]),
     ],
 )
 def test_each_stage_after_the_first_halves_the_resolution(name: str, channels: list[int], sizes: list[int]) -> None:
@@ -83,10 +89,14 @@ def test_without_its_branches_a_thin_resnet_is_its_shortcuts(shortcut: str) -> N
             assert_close(feature, expected)
 
 
-@pytest.mark.parametrize("shortcut", ["pad", "conv"])
-def test_a_thin_resnet_has_he_initialisation(shortcut: str) -> None:
+@pytest.mark.parametrize(
+    "section",
+    [{"name": "resnet20", "shortcut": "pad"}, {"name": "resnet20", "shortcut": "conv"}, {"name": "resnet8x4"}],
+    ids=str,
+)
+def test_a_resnet_of_6n_2_layers_has_he_initialisation(section: dict[str, str]) -> None:
     torch.manual_seed(0)
-    net = NETS.create({"name": "resnet20", "shortcut": shortcut}, 10)
+    net = NETS.create(section, 10)
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             # He et al., Delving Deep into Rectifiers, equation 14: variance 2 / (k * k * output channels).
@@ -98,3 +108,19 @@ def test_a_thin_resnet_has_he_initialisation(shortcut: str) -> None:
 def test_another_shortcut_is_refused() -> None:
     _, problems = NETS.resolve({"name": "resnet20", "shortcut": "C"})
     assert problems == [("shortcut", "'C' is not one of 'pad' or 'conv'")]
+
+
+def test_resnet8x4_has_the_maps_and_logits_of_torchvisions_blocks() -> None:
+    stages = [
+        BasicBlock(before, after, stride, Conv2dNormActivation(before, after, 1, stride, activation_layer=None))
+        for before, after, stride in ((32, 64, 1), (64, 128, 2), (128, 256, 2))
+    ]
+    pooling = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    reference: Any = randomise(nn.Sequential(Conv2dNormActivation(3, 32), *stages, *pooling, nn.Linear(256, 7)))
+    net: Any = NETS.create({"name": "resnet8x4"}, 7).double().eval()
+    copy_in_order(reference, net)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        outputs = net.forward_with_features(images)
+        assert_close(outputs.logits, reference(images))
+        assert_close(outputs.features, tuple(reference[:end](images) for end in (2, 3, 4)))

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import math
+from itertools import accumulate
+from typing import Any
+
 import pytest
 import torch
 from reference_nets import copy_in_order, randomise
@@ -70,6 +74,69 @@ def test_there_is_a_stage_for_each_resolution(name: str) -> None:
         outputs = NETS.create({"name": name}, 10).forward_with_features(torch.empty(2, 3, 32, 32))
     expected = [(2, 64, 32, 32), (2, 128, 16, 16), (2, 256, 8, 8), (2, 512, 4, 4), (2, 512, 2, 2)]
     assert [tuple(feature.shape) for feature in outputs.features] == expected
+
+
+@pytest.mark.parametrize(("name", "num_convs"), [("vgg8", 1), ("vgg13", 2)])
+def test_with_a_last_stage_of_size_4_no_pooling_comes_before_it_and_an_average_after_it(
+    name: str, num_convs: int
+) -> None:
+    pools: list[list[str | int]] = [["M"], ["M"], ["M"], [], []]
+    cells: list[str | int] = []
+    for width, pool in zip((64, 128, 256, 512, 512), pools, strict=True):
+        cells += [width] * num_convs + pool
+    layers = make_layers(cells, batch_norm=True)
+    reference: Any = randomise(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10)))
+    net: Any = NETS.create({"name": name, "last_stage_size": 4}, 10).double().eval()
+    copy_in_order(reference, net)
+    ends = accumulate(3 * num_convs + len(pool) for pool in pools)
+    with torch.no_grad():
+        outputs = net.forward_with_features(images())
+        assert_close(outputs.logits, reference(images()))
+        stages = [reference[: end - len(pool)](images()) for end, pool in zip(ends, pools, strict=True)]
+    assert [feature.shape[-1] for feature in outputs.features] == [32, 16, 8, 4, 4]
+    assert_close(list(outputs.features), stages)
+
+
+def test_the_last_stage_has_size_4_in_vgg8_and_2_in_vgg13_unless_told_otherwise() -> None:
+    sizes = {name: NETS.resolve({"name": name})[0]["last_stage_size"] for name in ("vgg8", "vgg13")}
+    assert sizes == {"vgg8": 4, "vgg13": 2}
+
+
+@pytest.mark.parametrize("name", ["vgg8", "vgg13"])
+def test_weights_fit_either_size_of_the_last_stage(name: str) -> None:
+    with torch.device("meta"):
+        small, large = (NETS.create({"name": name, "last_stage_size": size}, 10) for size in (2, 4))
+    shapes, expected = ([(k, v.shape) for k, v in net.state_dict().items()] for net in (small, large))
+    assert shapes == expected
+
+
+def test_another_size_of_the_last_stage_is_refused() -> None:
+    _, problems = NETS.resolve({"name": "vgg13", "last_stage_size": 3})
+    assert problems == [("last_stage_size", "3 is not one of 2 or 4")]
+
+
+def test_keys_are_the_features_stages_and_the_classifier_alone() -> None:
+    with torch.device("meta"):
+        keys = NETS.create({"name": "vgg11"}, 10).state_dict()
+    layers = [f"features.{stage}.{layer}" for stage, depth in enumerate((1, 1, 2, 2, 2)) for layer in range(depth)]
+    names = ["0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked"]
+    assert list(keys) == [f"{layer}.{name}" for layer in layers for name in names] + [
+        "classifier.weight",
+        "classifier.bias",
+    ]
+
+
+def test_vgg8_begins_with_he_weights_and_a_small_classifier() -> None:
+    torch.manual_seed(0)
+    net = NETS.create({"name": "vgg8"}, 100)
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            # He et al., Delving Deep into Rectifiers, equation 14; of the classifier, what RepDistiller draws.
+            std = (2 / (9 * module.out_channels)) ** 0.5 if isinstance(module, nn.Conv2d) else 0.01
+            # The standard deviation of n normal numbers has a relative error of 1 / sqrt(2n): five of these.
+            assert module.weight.std().item() == pytest.approx(std, rel=5 / math.sqrt(2 * module.weight.numel()))
+            assert module.bias is not None
+            assert not module.bias.any()
 
 
 @pytest.mark.parametrize("size", [28, 64])

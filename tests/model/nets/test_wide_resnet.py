@@ -118,3 +118,13 @@ def test_any_size_of_image_will_do() -> None:
         net = create(depth=10, widen_factor=1)
         assert net.input_size is None
         assert net(torch.empty(2, 3, 33, 47)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(("depth", "widen_factor"), [(16, 2), (40, 1), (40, 2)])
+def test_a_short_name_says_depth_and_factor_and_there_is_no_dropout(depth: int, widen_factor: int) -> None:
+    with torch.device("meta"):
+        net = NETS.create({"name": f"wrn_{depth}_{widen_factor}"}, 10)
+        long = create(depth=depth, widen_factor=widen_factor)
+    shapes, expected = ({key: value.shape for key, value in n.state_dict().items()} for n in (net, long))
+    assert shapes == expected
+    assert {module.p for module in net.modules() if isinstance(module, nn.Dropout)} == {0.0}

@@ -1,0 +1,382 @@
+"""Does each method train? Real images, several seeds, beside the same runs without it; and what a step of it costs.
+
+    python benchmarks/methods.py --data_dir /path/to/cifar10-images --jobs 2
+    python benchmarks/methods.py --costs
+
+The first trains a CNN on all training images, then for every method a CNN of half its width on a tenth of them, once
+per seed, with search_hyperparams.py, and scores the last epoch on the test split. Run again, it goes on where it
+stopped. The second takes steps of ResNet-56 to ResNet-20, each method in turns with plain KD in one process, and once
+alone for its memory. Both write benchmarks/results/methods.md, each its own part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from cifar100_recipes import methods
+from common import ROOT, create_parser, dataset_options, run_script, spread, stamp
+from scipy.stats import t
+from tabulate import tabulate
+
+from utils import read_json, write_file, write_json
+
+RESULT = ROOT / "benchmarks" / "results" / "methods.md"
+WITHOUT = {"ce": [{"name": "ce"}]}
+# Which nets meet: a CNN of 32 channels teaches one of 16, but where the method asks for another pair.
+WIDE, NARROW = ({"name": "cnn", "num_channels": width, "dropout_rate": 0.0} for width in (32, 16))
+PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "cnn": (WIDE, NARROW),
+    "equal": (WIDE, WIDE),  # FSP compares matrices of channels by channels
+    "pooled": ({"name": "tiny", "width": 64}, {"name": "tiny", "width": 32}),  # SimKD: a classifier of averaged maps
+}
+PAIR_OF = {"fsp": "equal", "simkd": "pooled"}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = create_parser(__doc__)
+    parser.add_argument("--data_dir", type=Path)
+    parser.add_argument("--cache_dir", type=Path, help="for decoded images; by default inside the image folder")
+    parser.add_argument("--work_dir", type=Path, default=ROOT / "benchmarks" / "runs" / "methods")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[230, 231, 232])
+    parser.add_argument("--epochs", type=int, default=12, help="of a student (default 12)")
+    parser.add_argument("--teacher_epochs", type=int, default=15)
+    parser.add_argument("--subset", type=float, default=0.1, help="part of the training images (default 0.1)")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--methods", nargs="+", help="only these (default: all)")
+    parser.add_argument("--costs", action="store_true", help="time and memory of a step, instead")
+    parser.add_argument("--rounds", type=int, default=3, help="of --costs (default 3)")
+    parser.add_argument("--step", metavar="METHOD", help=argparse.SUPPRESS)
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if not (args.costs or args.step) and args.data_dir is None:
+        parser.error("--data_dir is needed, but for --costs")
+    return args
+
+
+def objectives(epochs: int) -> dict[str, list[dict[str, Any]]]:
+    """Returns every method's objective: that of the recipes, with stages and warm-ups of their share of the epochs."""
+    found = {**methods("resnet56", "resnet20")}
+    found["dml"] = [{"name": "ce"}, {"name": "dml"}]
+    found["tfkd"] = [{"name": "ce", "weight": 0.9}, {"name": "tfkd", "weight": 0.1}]
+    for losses in found.values():
+        for loss in losses:
+            if "initial_epochs" in loss:
+                loss["initial_epochs"] = max(1, epochs // 8)
+            if isinstance(loss.get("weight"), dict):
+                loss["weight"] = {**loss["weight"], "warmup_epochs": max(1, epochs // 8)}
+            for option in ("student_stage", "teacher_stage"):
+                loss.pop(option, None)
+    return found
+
+
+# --- accuracy -------------------------------------------------------------------------------------------------
+
+
+def params_of(args: argparse.Namespace, student: dict[str, Any], losses: list[dict[str, Any]]) -> dict[str, Any]:
+    dataset = {"name": "cifar10", "batch_size": 64, "augmentation": "crop_flip", **dataset_options(args)}
+    params = {
+        "seed": args.seeds[0],
+        "num_epochs": args.epochs,
+        "dataset": {**dataset, "subset_fraction": args.subset},
+        "student": student,
+        "loss": losses,
+        "optimizer": {"name": "sgd", "learning_rate": 0.05, "momentum": 0.9, "weight_decay": 5e-4},
+        "schedule": {"name": "cosine", "per": "iteration"},
+        "precision": "auto",
+    }
+    if losses[0]["name"] == "mlkd":
+        params["dataset"]["second_augmentation"] = ["crop", "horizontal_flip", "rand_augment"]
+    return params
+
+
+def train_teachers(args: argparse.Namespace) -> None:
+    """Trains the teacher of each pair on all training images."""
+    for pair, (net, _) in PAIRS.items():
+        if pair == "equal":  # the same teacher
+            continue
+        folder = args.work_dir / "teachers" / pair
+        folder.mkdir(parents=True, exist_ok=True)
+        params = params_of(args, net, WITHOUT["ce"])
+        params["dataset"].pop("subset_fraction")
+        write_json(folder / "params.json", {**params, "num_epochs": args.teacher_epochs})
+        run_script("train.py", "--model_dir", folder, "--quiet")
+
+
+def train_group(args: argparse.Namespace, name: str, pair: str, losses: list[dict[str, Any]]) -> list[Path]:
+    """Trains a student per seed; returns their directories."""
+    parent = args.work_dir / pair / name
+    parent.mkdir(parents=True, exist_ok=True)
+    params = params_of(args, PAIRS[pair][1], losses)
+    if name not in ("ce", "dml", "tfkd"):
+        taught_by = "cnn" if pair == "equal" else pair
+        params["teacher"] = {"model_dir": str(args.work_dir / "teachers" / taught_by), "restore_file": "last"}
+    write_json(parent / "params.json", params)
+    write_json(parent / "search.json", {"seed": args.seeds})
+    run_script("search_hyperparams.py", "--parent_dir", parent, "--jobs", args.jobs)
+    return [parent / f"seed_{seed}" for seed in args.seeds]
+
+
+def journal_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def own_terms(folder: Path) -> dict[str, tuple[float, float]]:
+    """Returns each term of a method in training: its mean over the first epoch that has it, and over the last one.
+
+    Divided by its weight where that changes with the epoch, so that a warm-up does not look like a rise.
+    """
+    records = journal_of(folder)
+    known = {"loss", "accuracy", "accuracy_top5", "ce", "peers"}
+    names = dict.fromkeys(name for record in records for name in record["train"] if name not in known)
+    found = {}
+    for name in names:
+        values = [(record["epoch"], record["train"][name]) for record in records if name in record["train"]]
+        warmup = warmup_of(read_json(folder / "params.json")["loss"], name)
+        (first, start), (last, end) = values[0], values[-1]
+        found[name] = start / min(1, first / warmup), end / min(1, last / warmup)
+    return found
+
+
+def warmup_of(losses: list[dict[str, Any]], term: str) -> int:
+    for loss in losses:
+        if loss["name"] == term and isinstance(loss.get("weight"), dict):
+            return int(loss["weight"]["warmup_epochs"])
+    return 1
+
+
+def percent(values: list[float]) -> str:
+    deviation = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.2f}{deviation}"
+
+
+def paired(with_it: list[float], without: list[float]) -> tuple[float, float]:
+    """Returns the mean difference in points, seed by seed, and the half-width of its 95 % interval (Student's t)."""
+    differences = [100 * (a - b) for a, b in zip(with_it, without, strict=True)]
+    n = len(differences)
+    half = float(t.ppf(0.975, n - 1)) * statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.nan
+    return statistics.mean(differences), half
+
+
+def accuracy_part(args: argparse.Namespace) -> str:
+    train_teachers(args)
+    chosen = {name: losses for name, losses in objectives(args.epochs).items() if name in (args.methods or [name])}
+    groups: dict[tuple[str, str], list[Path]] = {}
+    for name, losses in chosen.items():
+        pair = PAIR_OF.get(name, "cnn")
+        if (pair, "ce") not in groups:
+            groups[pair, "ce"] = train_group(args, "ce", pair, WITHOUT["ce"])
+        groups[pair, name] = train_group(args, name, pair, losses)
+    scores = {key: [journal_of(folder)[-1]["val"]["accuracy"] for folder in folders] for key, folders in groups.items()}
+    rows = []
+    for (pair, name), folders in groups.items():
+        if name == "ce":
+            rows.append([f"without ({pair})", "", "", percent(scores[pair, name]), "", ""])
+            continue
+        terms = [own_terms(folder) for folder in folders]
+        fell = [all(end < start for start, end in each.values()) for each in terms]
+        means = {term: [statistics.mean(each[term][k] for each in terms) for k in (0, 1)] for term in terms[0]}
+        shown = "; ".join(f"{term} {start:.4g} -> {end:.4g}" for term, (start, end) in means.items())
+        gain, half = paired(scores[pair, name], scores[pair, "ce"])
+        verdict = "below" if gain + half < 0 else "above" if gain - half > 0 else "no difference told"
+        rows.append(
+            [
+                f"`{name}`" if pair == "cnn" else f"`{name}` ({pair})",
+                shown,
+                f"{sum(fell)} of {len(fell)}",
+                percent(scores[pair, name]),
+                f"{gain:+.2f} ± {half:.2f}",
+                verdict,
+            ]
+        )
+    teachers = ", ".join(
+        f"{pair} {100 * journal_of(args.work_dir / 'teachers' / pair)[-1]['val']['accuracy']:.2f}"
+        for pair in PAIRS
+        if pair != "equal"
+    )
+    headers = ["method", "own terms in training, first -> last epoch", "fell", "accuracy, last epoch", "gain", "told"]
+    images = "JPEG" if dataset_options(args).get("name") == "image_folder" else "original"
+    some = next(iter(groups.values()))[0]
+    run = read_json(some / "run.json")["attempts"][-1]
+    return f"""## Does it train?
+
+CIFAR-10 ({images} images), {args.subset:.0%} of the training images, {args.epochs} epochs, seeds {args.seeds}.
+Pairs: `cnn`, the ancestor's CNN of 16 channels taught by one of 32 that has seen all training images; `equal`, both of
+32; `pooled`, the net `tiny` of width 32 taught by one of 64. Teachers' val accuracy: {teachers}. Weights are those of
+the recipes for ResNet-56 to 20, found on CIFAR-100 with other nets: nothing was tuned here. Initial stages and warm-ups
+take an eighth of the epochs. Terms are means over the images of an epoch and over seeds, weights included (without the
+warm-up's share); "fell": in how many seeds every own term did. Accuracy in percent on the 5,000 validation images,
+mean ± sample standard deviation; gain: points against the same run without the method, paired by seed, ± half of the
+95 % interval (Student's t).
+
+{tabulate(rows, headers, tablefmt="github")}
+
+Command: `python benchmarks/methods.py --data_dir <folder> --jobs {args.jobs}`.
+{stamp(run["device"], f"precision {run['precision']}", f"{run['threads']} thread(s) per run")}.
+"""
+
+
+# --- costs ------------------------------------------------------------------------------------------------------
+
+BATCH, CLASSES, IMAGES, STEPS = 64, 100, 50_000, 2
+
+
+class FirstSteps:
+    """The first steps of a loader's epochs."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+        self.split, self.seed = loader.split, loader.seed
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterable[Any]:
+        return islice(self.loader.epoch(epoch, start), STEPS)
+
+
+def learner_of(losses: list[dict[str, Any]]) -> Any:
+    """Returns a function that takes some steps of ResNet-56 to ResNet-20 with an objective."""
+    import torch
+
+    from model import losses as library
+    from model import nets
+    from model.engine import Learner, probe, train_epoch
+    from model.nets import NETS
+    from model.optim import OPTIMIZERS, SCHEDULES, create_optimizer, create_schedule
+    from model.teacher import FrozenTeacher
+    from teaching import set_up
+
+    torch.manual_seed(0)
+    options = {"num_classes": CLASSES, "train_size": IMAGES, "image_size": 32, "batch_size": BATCH}
+    if losses[0]["name"] == "mlkd":
+        options["second_augmentation"] = ["crop", "horizontal_flip", "rand_augment"]
+    splits = data_of(json.dumps(options))
+    section = NETS.resolve({"name": "resnet20", "shortcut": "conv"})[0]
+    student = nets.create(section, CLASSES)
+    teacher = FrozenTeacher(nets.create(NETS.resolve({"name": "resnet56", "shortcut": "conv"})[0], CLASSES))
+    resolved, problems = library.resolve(losses)
+    assert not problems, problems
+    loss = library.create_objective(resolved, 1000)
+    set_up(
+        loss, probe(student, "student", splits.shape), probe(teacher.net, "teacher", splits.shape), splits, section, 0
+    )
+    student, _ = loss.equip(student)
+    optimizer = create_optimizer(
+        OPTIMIZERS.resolve({"name": "sgd", "learning_rate": 1e-4})[0], [*student.parameters(), *loss.parameters()]
+    )
+    schedule = create_schedule(SCHEDULES.resolve({"name": "constant"})[0], optimizer, 10, STEPS)
+    learner = Learner(student, loss, optimizer, schedule)
+    return functools.partial(
+        train_epoch,
+        learner,
+        FirstSteps(splits.lessons),
+        seed=0,
+        teacher=teacher if loss.needs_teacher else None,
+    )
+
+
+@functools.cache
+def data_of(options: str) -> Any:
+    import torch
+
+    from model import data
+    from model.data import DATASETS
+
+    section, problems = DATASETS.resolve({"name": "synthetic", **json.loads(options), "num_workers": 0})
+    assert not problems, problems
+    return data.create(section, seed=0, device=torch.device("cpu"))
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Prints, as JSON, seconds per step of a method and of KD in turns, or the peak memory of the method alone."""
+    import torch
+
+    torch.set_num_threads(1)
+    found = objectives(8)
+    own = learner_of(found[args.step])
+    # Its main stage, and its initial one if it has such.
+    epochs = [20, 0] if any("initial_epochs" in loss for loss in found[args.step]) else [20]
+    if args.alone:
+        for epoch in epochs:
+            own(epoch=epoch)
+        print(json.dumps({"bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+        return
+    kd = learner_of(found["kd"])
+    ways = {"kd": functools.partial(kd, epoch=20)} | {f"epoch {e}": functools.partial(own, epoch=e) for e in epochs}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for round_ in range(args.rounds + 1):  # the first warms up
+        for way, run in ways.items():
+            begun = time.perf_counter()
+            run()
+            if round_:
+                seconds[way].append((time.perf_counter() - begun) / STEPS)
+    print(json.dumps(seconds))
+
+
+def child(*arguments: object) -> dict[str, Any]:
+    command = [sys.executable, __file__, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def costs_part(args: argparse.Namespace) -> str:
+    names = [name for name in objectives(8) if name in (args.methods or [name])]
+    kd_bytes = child("--step", "kd", "--alone")["bytes"]
+    rows = []
+    for name in names:
+        found = child("--step", name, "--rounds", args.rounds)
+        memory = child("--step", name, "--alone")["bytes"]
+        kd = found.pop("kd")
+        ratios = [[own / plain for own, plain in zip(times, kd, strict=True)] for times in found.values()]
+        shown = [spread(each) for each in ratios] + [""]
+        used = [f"{memory / 1e9:.2f}", f"{memory / kd_bytes:.2f}"]
+        rows.append([f"`{name}`", f"{statistics.median(kd):.2f}", *shown[:2], *used])
+        print(rows[-1], flush=True)
+    headers = ["method", "KD's own step, s", "step / KD's", "initial stage / KD's", "peak memory, GB", "/ KD's"]
+    return f"""## What does it cost?
+
+A training step of batch {BATCH}, ResNet-56 (teacher, fp32, not folded) to ResNet-20, 32x32 images, {CLASSES} classes,
+{IMAGES:,} training images in memory; one thread. Method and plain KD take turns in one process, {args.rounds} rounds of
+{STEPS} steps after one to warm up: median (smallest to largest) of the ratios of the rounds. Memory is the peak of a
+process of its own.
+
+{tabulate(rows, headers, tablefmt="github")}
+
+Command: `python benchmarks/methods.py --costs`.
+{stamp("cpu", "precision fp32", "1 thread")}.
+"""
+
+
+def write_part(text: str) -> None:
+    """Puts a part into the result file in place of its older form."""
+    parts = {}
+    if RESULT.exists():
+        parts = {part.splitlines()[0]: f"## {part}" for part in RESULT.read_text().split("\n## ")[1:]}
+    parts[text.splitlines()[0].removeprefix("## ")] = text
+    body = "\n".join(part.strip() + "\n" for part in parts.values())
+    write_file(RESULT, f"# The methods on real images, and what they cost\n\n{body}".encode())
+    print(text)
+
+
+def main() -> None:
+    args = parse_args()
+    if args.step:
+        measure(args)
+    else:
+        write_part(costs_part(args) if args.costs else accuracy_part(args))
+
+
+if __name__ == "__main__":
+    main()

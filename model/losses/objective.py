@@ -1,0 +1,206 @@
+"""What a run minimises: a weighted sum of losses, each weight a number or a function of the epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from model.errors import InputError
+from model.losses.base import Loss
+from model.losses.weights import Weight, create_weight, describe_weight
+from model.outputs import Batch, Outputs, Probe, Samples
+from model.registry import free_name
+
+# Outputs that a store of the teacher's answers can hold: small, and the same whatever else is in the batch.
+STORABLE = frozenset({"logits", "embedding"})
+# Outputs that several teachers can give together: what they say of the classes, which are the same for all.
+COMBINABLE = frozenset({"logits", "strong_logits"})
+
+
+class Objective(nn.Module):
+    """The sum of losses, each times its weight in the current epoch; of weight 0, a loss is not computed.
+
+    Args:
+        losses: By their labels: names, numbered where several are of one name.
+        weights: As the resolved sections have them, by the same labels.
+        num_epochs: Of the run.
+
+    Raises:
+        InputError: The parts cannot stand together.
+    """
+
+    def __init__(self, losses: Mapping[str, Loss], weights: Mapping[str, Any], num_epochs: int) -> None:
+        super().__init__()
+        # What never counts is not even kept: a run with weight 0 is the run without that part.
+        kept = {label: loss for label, loss in losses.items() if not is_zero(weights[label], loss)}
+        if not kept:
+            raise InputError(f"every weight is 0 ({', '.join(losses)}): nothing is left to learn; raise one")
+        self.losses = nn.ModuleDict(kept)
+        self.weights = {label: weights[label] for label in kept}
+        self.curves: dict[str, Weight] = {
+            label: create_weight(weights[label], loss.usual_weight, num_epochs) for label, loss in kept.items()
+        }
+        stages = {label: loss.initial_epochs for label, loss in kept.items() if loss.initial_epochs}
+        if len(stages) > 1:
+            raise InputError(f"{' and '.join(stages)} begin with a stage of their own; an objective can have one such")
+        self.initial_epochs = max(stages.values(), default=0)
+        if self.initial_epochs >= num_epochs > 0:
+            [label] = stages
+            raise InputError(f"{label}: initial_epochs {self.initial_epochs} is not below num_epochs, {num_epochs}")
+        self.epoch = 0
+        if not any(loss.trains_classifier for loss in kept.values()):
+            raise InputError(
+                f"{' and '.join(kept)}: nothing here trains the classifier; add the labels' part, such as "
+                f'"loss": [{{"name": "ce"}}, {{"name": "{next(iter(kept))}"}}]'
+            )
+        by_batch = [label for label, loss in self._taught() if loss.teacher_statistics == "batch"]
+        if by_batch and len(by_batch) < len(self._taught()):
+            raise InputError(
+                f"{' and '.join(by_batch)}: normalises the teacher by each batch, which the other losses of a teacher"
+                f' must not see; set its teacher_statistics to "running"'
+            )
+
+    def parts(self) -> list[tuple[str, Loss]]:
+        """Returns the losses that count, with their labels."""
+        return list(self.losses.items())  # type: ignore[arg-type]
+
+    def _taught(self) -> list[tuple[str, Loss]]:
+        return [(label, loss) for label, loss in self.parts() if loss.needs_teacher]
+
+    # --- what all of them need together ---
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Which fields of `Outputs` are read."""
+        return frozenset({"logits"}).union(*(loss.needs for _, loss in self.parts()))
+
+    @property
+    def teacher_needs(self) -> frozenset[str]:
+        """Which fields of the teacher's outputs are read."""
+        return frozenset({"logits"}).union(*(loss.needs for _, loss in self._taught()))
+
+    @property
+    def needs_teacher(self) -> bool:
+        return bool(self._taught())
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether nothing here has a use for images without labels."""
+        return all(loss.needs_labels for _, loss in self.parts())
+
+    @property
+    def teacher_statistics(self) -> str:
+        return "batch" if any(loss.teacher_statistics == "batch" for _, loss in self._taught()) else "running"
+
+    @property
+    def can_be_stored(self) -> bool:
+        """Whether all that is read of the teacher can be kept in files."""
+        return self.teacher_needs <= STORABLE and self.teacher_statistics == "running"
+
+    @property
+    def teacher_temperatures(self) -> dict[str, float | None]:
+        """See `Loss.teacher_temperature`: that of each loss that has a teacher, by its label."""
+        return {label: loss.teacher_temperature for label, loss in self._taught()}
+
+    @property
+    def teacher_temperature(self) -> float:
+        """The one temperature at which all losses read the teacher's probabilities; 1 where none has a teacher.
+
+        Raises:
+            InputError: There is no such temperature.
+        """
+        found = self.teacher_temperatures
+        first = next(iter(found.values()), 1.0)
+        if first is None or set(found.values()) - {first}:
+            each = [f"{name} has {'no single one' if t is None else f'{t:g}'}" for name, t in found.items()]
+            raise InputError(f"needs one temperature, but {' and '.join(each)}")
+        return first
+
+    @property
+    def peers(self) -> list[nn.Module]:
+        """The nets that learn beside the student."""
+        return [peer for _, loss in self.parts() for peer in loss.peers]
+
+    # --- once, before training ---
+
+    def attach(self, student: Probe, teacher: Probe | None) -> None:
+        """Makes adapters: see `Loss.attach`."""
+        for _, loss in self.parts():
+            loss.attach(student, teacher if loss.needs_teacher else None)
+
+    def enrol(self, samples: Samples) -> None:
+        """Makes memories: see `Loss.enrol`."""
+        for _, loss in self.parts():
+            loss.enrol(samples)
+
+    def equip(self, student: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+        """Returns the net that is trained, and what it is made from: see `Loss.equip`."""
+        equipment: dict[str, Any] = {}
+        for label, loss in self.parts():
+            student, parts = loss.equip(student)
+            if parts and equipment:
+                raise InputError(f"{label}: another loss has given the student parts already; name one such loss")
+            others = [name for name, other in self.parts() if other is not loss and "embedding" in other.needs]
+            if parts and others:
+                line = f"{label} gives the student another embedding than the one that {' and '.join(others)} reads"
+                raise InputError(f"{line}; leave one of them out")
+            equipment |= parts
+        return student, equipment
+
+    # --- in training ---
+
+    def on_epoch(self, epoch: int) -> None:
+        """Takes note of the epoch, from 0, that begins."""
+        self.epoch = epoch
+        for _, loss in self.parts():
+            loss.on_epoch(epoch)
+
+    def _counting(self) -> Iterator[tuple[Loss, float]]:
+        """Yields the losses that count in the current epoch, with their weights in it."""
+        for label, loss in self.parts():
+            weight = self.curves[label](self.epoch)
+            if self.epoch < loss.initial_epochs and loss.initial_weight is not None:
+                weight = loss.initial_weight
+            if weight and not self.epoch < self.initial_epochs != loss.initial_epochs:
+                yield loss, weight
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the teacher's outputs are read in the current epoch."""
+        return any(loss.asks_teacher for loss, _ in self._counting())
+
+    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        """Returns the weighted terms, whose sum is the objective.
+
+        Names that occur twice are numbered: `kd`, `kd_2`. The teacher is None where it is not asked in this epoch.
+        """
+        terms: dict[str, Tensor] = {}
+        for loss, weight in self._counting():
+            own, other, shown = labelled(student, teacher, batch) if loss.needs_labels else (student, teacher, batch)
+            for name, term in loss(own, other if loss.asks_teacher else None, shown).items():
+                terms[free_name(name, terms)] = term if weight == 1 else weight * term
+        # An epoch may be one in which nothing counts, such as before a weight has begun to rise.
+        return terms or {"nothing": 0.0 * student.logits.sum()}
+
+    def describe(self) -> str:
+        """Returns the sum with its effective weights in one line."""
+        described = []
+        for label, loss in self.parts():
+            weight = describe_weight(self.weights[label], loss.usual_weight)
+            described.append(loss.describe() if weight == "1" else f"{weight} x [{loss.describe()}]")
+        return " + ".join(described)
+
+
+def is_zero(weight: Any, loss: Loss) -> bool:
+    """Tells whether a weight is the number 0."""
+    return not isinstance(weight, Mapping) and (loss.usual_weight if weight is None else weight) == 0
+
+
+def labelled(student: Outputs, teacher: Outputs | None, batch: Batch) -> tuple[Outputs, Outputs | None, Batch]:
+    """Returns the part of a batch that has labels: its first samples."""
+    number = len(batch.labels)
+    if number == len(batch.images):
+        return student, teacher, batch
+    return student.first(number), None if teacher is None else teacher.first(number), batch.first(number)
