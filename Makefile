@@ -11,7 +11,7 @@ demo: export OMP_NUM_THREADS := 1
 test test-all: export OMP_NUM_THREADS := 1
 ON_ALL_CORES := -n auto --dist worksteal
 
-.PHONY: help setup demo test test-all lint format bench bench-seeds bench-speed bench-sweeps recipes readme clean
+.PHONY: help setup demo test test-all lint format bench bench-seeds bench-speed bench-methods bench-sweeps recipes readme clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -64,6 +64,10 @@ bench-speed: $(READY) ## how fast (an hour of a quiet machine): make bench-speed
 	$(PY) benchmarks/epoch_cost.py
 	$(PY) benchmarks/start.py
 	$(PY) benchmarks/kd_step.py $(WITH) --accuracy
+
+bench-methods: $(READY) ## every method on the digits, and what a step of it costs (half an hour of a quiet machine)
+	$(PY) benchmarks/methods.py --jobs 2
+	$(PY) benchmarks/methods.py --costs
 
 bench-sweeps: $(READY) ## searches (two hours of a quiet machine): make bench-sweeps DATA_DIR=... TEACHER=<trained resnet20>
 	$(PY) benchmarks/sweep_scale.py
