@@ -25,15 +25,14 @@ from model import data, metrics, nets, parallel, schema
 from model.data.pipeline import Loader
 from model.devices import choose_device, choose_precision, place
 from model.engine import evaluate, probe, probe_teacher
-from model.ensemble import Teacher, united
+from model.ensemble import Teacher, create_teachers
 from model.legacy import is_flat, net_record
 from model.losses import create_objective
 from model.losses.objective import Objective
 from model.outputs import Batch, Outputs
-from model.teacher import create_teacher
 from process import log, run_main, set_logger
 from sources import AND, load_teacher_checkpoints
-from teaching import set_up
+from teaching import complete
 from utils import OK, Params, RunError, read_json, teachers_of, write_file, write_json
 
 
@@ -85,7 +84,9 @@ def open_split(
     for constant in ("mean", "std"):  # the net's own, whatever the images it is tried on
         if constant in constants and f"dataset.{constant}" not in given:
             params.dataset[constant] = constants[constant]
-    splits = data.create(params.dataset, seed=params.seed, device=device, unlabelled=params.unlabelled)
+    # Unlabelled images are a part of what tells the data of a run; nothing is scored on them.
+    unlabelled = None if args.split == "test" else params.unlabelled
+    splits = data.create(params.dataset, seed=params.seed, device=device, unlabelled=unlabelled)
     state["net"] = net = state["net"] or net_record(state["params"], splits.facts())
     loader = {"test": splits.test, "val": splits.val, "train": splits.train}[args.split]
     if loader is None:
@@ -123,8 +124,7 @@ def load_teacher(params: Params, loss: Objective, student: dict[str, Any], sha: 
     except RunError as error:
         log.warning("no comparison with the teacher: %s", error)
         return None
-    members = [create_teacher(state, section, student) for state, section in zip(states, sections, strict=True)]
-    return united(members, [section["weight"] for section in sections], params.combine_teachers, loss)
+    return create_teachers(states, sections, student, params.combine_teachers, loss)
 
 
 def sizes(net: torch.nn.Module, teacher: Teacher | None, shape: tuple[int, ...]) -> dict[str, float]:
@@ -198,9 +198,14 @@ def main() -> int:
     if loss is not None:
         name = params.student["name"]
         taught = None if teacher is None else probe_teacher(teacher, splits.shape)
-        set_up(loss, probe(net, name, splits.shape), taught, splits, params.student, params.seed)
-        loss.load_state_dict(state["loss_dict"])
-        loss.on_epoch(max(state["epoch"] - 1, 0))
+        complete(loss, probe(net, name, splits.shape), taught, splits, params.student, params.seed)
+        try:
+            loss.load_state_dict(state["loss_dict"])
+        except RuntimeError as error:  # a memory of other samples, say
+            log.warning("scored without the loss, whose state does not fit this data: %s", nets.mismatch_of(error))
+            loss = None
+    if loss is not None:
+        loss.on_epoch(max(state["epoch"] - (state["step"] == 0), 0))
         loss.to(device)
     size = sizes(net, teacher, splits.shape)
     if teacher is not None:

@@ -1,4 +1,7 @@
-"""The teacher of a run, ready to answer: fast, as good as its original, and with the stores of what it has answered."""
+"""What a run is taught with: its objective, complete; its teacher, ready to answer.
+
+A teacher is made fast, as good as its original, and gets the stores of what it has answered.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from tqdm import tqdm
 from model import data, nets, parallel, teacher_store
 from model.data.loader import Loader
 from model.devices import device_name
-from model.engine import Totals, correct, evaluate
+from model.engine import Totals, correct, evaluate, probe
 from model.ensemble import Teacher, TeacherEnsemble
 from model.errors import DivergedError, InputError
 from model.losses.objective import Objective
@@ -43,7 +46,7 @@ def root_of(section: Mapping[str, Any]) -> Path:
     return Path(section["cache_dir"]) / f"{teacher_dir.name}-{teacher_store.digest({'of': str(teacher_dir.resolve())})}"
 
 
-def set_up(
+def complete(
     loss: Objective,
     student: Probe,
     teacher: Probe | None,
@@ -51,7 +54,7 @@ def set_up(
     section: Mapping[str, Any],
     seed: int,
 ) -> None:
-    """Gives a run's objective all that it has besides its options: adapters, memories, and nets that learn beside.
+    """Completes a run's objective with all that it has besides its options: adapters, memories, nets that learn beside.
 
     Args:
         loss: Changed in place.
@@ -71,10 +74,15 @@ def set_up(
     torch.manual_seed(derive_seed(seed, "loss"))
     loss.attach(student, teacher)
     loss.enrol(splits.samples())
+    # The weights of a pretrained student are no other initial weights.
+    alike = {**section, "stages": None, **({"pretrained": False} if "pretrained" in section else {})}
     wanted = [(part, own) for _, part in loss.parts() for own in part.peer_sections]
     for place, (part, own) in enumerate(wanted):
         torch.manual_seed(derive_seed(seed, "peer", place))
-        part.peers.append(nets.create(own or section, splits.num_classes))
+        whole = nets.NETS.resolve(own)[0] if own else alike
+        peer = nets.create(whole, splits.num_classes)
+        probe(peer, whole["name"], splits.shape)  # it may not take these images
+        part.peers.append(peer)
 
 
 # --- fast -------------------------------------------------------------------------------------------------

@@ -28,18 +28,17 @@ from model import data, legacy, nets, parallel, schema
 from model.data import DATASETS
 from model.devices import choose_device, choose_precision, compiled, device_name, place
 from model.engine import Learner, Totals, evaluate, probe, probe_teacher, train_epoch
-from model.ensemble import Teacher, united
+from model.ensemble import Teacher, create_teachers
 from model.errors import InputError
 from model.losses import create_objective
 from model.metrics import count_parameters
 from model.optim import create_optimizer, create_schedule
-from model.outputs import outputs_of
+from model.outputs import Probe, outputs_of
 from model.rng import derive_seed
 from model.taps import taps_of
-from model.teacher import create_teacher
 from process import EpochBar, log, run_main, set_logger
 from sources import AND, find_weights, load_initial, load_teacher_checkpoints
-from teaching import Remark, fill, make_ready, set_up
+from teaching import Remark, complete, fill, make_ready
 from utils import OK, USAGE, Params, RunError, apply_overrides, read_json, teachers_of
 
 # What goes without saying of how a run is trained; the teacher's answers may be rounded as they are kept.
@@ -285,47 +284,41 @@ def prepare(args: argparse.Namespace, params: Params, students: Sequence[Path]) 
     precision = choose_precision(params.precision, device)
     torch.manual_seed(derive_seed(params.seed, "loss"))
     loss = create_objective(params.loss, params.num_epochs)
-    teacher: Teacher | None = None
-    teacher_states, teacher_sha, taught = list[dict[str, Any]](), None, None
-    sections = [*teachers_of(params.teacher).values()]
-    if loss.needs_teacher:  # before any work: it may be missing
-        for section in sections if args.train_teacher else ():
-            train_teacher(args, params, Path(section["model_dir"]), [*students, model_dir.resolve()])
-        teacher_states, teacher_sha = load_teacher_checkpoints(sections)
-    init_from, init_state, init_sha = params.student["init_from"], None, None
-    if init_from:
-        init_state, init_sha = load_initial(Path(init_from))
+    sections = list(teachers_of(params.teacher).values()) if loss.needs_teacher else []
+    for section in sections if args.train_teacher else ():
+        train_teacher(args, params, Path(section["model_dir"]), [*students, model_dir.resolve()])
+    states, teacher_sha = load_teacher_checkpoints(sections) if sections else ([], None)  # before any work
+    init_from = params.student["init_from"]
+    init_state, init_sha = load_initial(Path(init_from)) if init_from else (None, None)
 
     with naming(model_dir / "params.json"):
         with parallel.first_goes_first():
             splits = data.create(params.dataset, seed=params.seed, device=device, unlabelled=params.unlabelled)
         splits.share(parallel.rank(), parallel.size())
         torch.manual_seed(derive_seed(params.seed, "init"))
-        student = nets.create(params.student, splits.num_classes)
-        net_record = {"section": params.student, **splits.facts()}
-        shown = probe(student, params.student["name"], splits.shape)
-        net_record["section"] = {**params.student, "stages": [*taps_of(student)] or None}  # those chosen, too
-        adopted = init_state is not None and nets.adopt(student, init_state["state_dict"], init_from)
-        if teacher_states:
-            pairs = zip(teacher_states, sections, strict=True)
-            members = [create_teacher(state, section, net_record) for state, section in pairs]
-            weights = [section["weight"] for section in sections]
-            teacher = united(members, weights, params.combine_teachers, loss)
-            taught = probe_teacher(teacher, splits.shape)
-        set_up(loss, shown, taught, splits, params.student, params.seed)
-        own, (student, net_record["equipment"]) = student, loss.equip(student)
-        own, student = parallel.synchronised(own, device), parallel.synchronised(student, device)
-        frozen_norms = nets.freeze(own, params.student)
+        bare = nets.create(params.student, splits.num_classes)
+        shown = probe(bare, params.student["name"], splits.shape)
+        adopted = init_state is not None and nets.adopt(bare, init_state["state_dict"], init_from)
+        section = {**params.student, "stages": [*taps_of(bare)] or None}  # those that were chosen, too
+        net_record = {"section": section, **splits.facts()}
+        teacher: Teacher | None = None
+        if states:
+            teacher = create_teachers(states, sections, net_record, params.combine_teachers, loss)
+        taught = probe_teacher(teacher, splits.shape) if teacher is not None else None
+        complete(loss, shown, taught, splits, params.student, params.seed)
+        student, net_record["equipment"] = loss.equip(bare)
+        student = parallel.synchronised(student, device)
+        frozen_norms = nets.freeze(bare, params.student)
     student, loss = place(student, device), parallel.synchronised(loss, device).to(device)
     optimizer = create_optimizer(params.optimizer, [*student.parameters(), *loss.parameters()])
     schedule = create_schedule(params.schedule, optimizer, params.num_epochs, len(splits.train))
+    run = compiled(partial(outputs_of, student)) if params.compile == "on" else None
+    learner = Learner(student, loss, optimizer, schedule, precision, frozen_norms, run)
     about_teacher: list[Remark] = []
     if teacher is not None:
         teacher = place(teacher, device)
         teacher, about_teacher = make_ready(teacher, sections, splits, loss, precision, params.num_epochs)
-    kept, top = kept_answers(teacher, sections)
-    tapped = {"student": shown.taps(), "teacher": "" if taught is None else taught.taps()}
-    run = compiled(partial(outputs_of, student)) if params.compile == "on" else None
+    kept, kept_part = kept_answers(teacher, sections)
 
     machine = {
         "device": device_name(device),
@@ -339,10 +332,7 @@ def prepare(args: argparse.Namespace, params: Params, students: Sequence[Path]) 
         *assumptions(model_dir, args.overrides),
         f"{model_dir}: {', '.join(f'{key} {value}' for key, value in machine.items() if USUAL.get(key) != value)}",
         splits.summary,
-        f"student {params.student['name']}: {count_parameters(student):,} parameters{_frozen(student, frozen_norms)}",
-        f"loss: {loss.describe()}",
-        *(f"stages of the {role}: {stages}" for role, stages in tapped.items() if "features" in loss.needs and stages),
-        *parallel.remarks(device, [student, loss], frozen_norms),
+        *introduction(params, learner, shown, taught),
     ]
     if init_from:
         but = "" if adopted else " but for the classifier, which is new: it has another number of classes"
@@ -351,20 +341,31 @@ def prepare(args: argparse.Namespace, params: Params, students: Sequence[Path]) 
         params=params,
         experiment=(Follower if parallel.rank() else Experiment)(model_dir, parallel.maximum),
         splits=splits,
-        learner=Learner(student, loss, optimizer, schedule, precision, frozen_norms, run),
+        learner=learner,
         teacher=teacher,
         identity={
             "data": splits.fingerprint,
             "teacher": teacher_sha,
             "init": init_sha,
             "precision": precision,
-            "answers": top,
+            "answers": kept_part,
         },
         machine=machine,
         head={"net": net_record, "params": params.dict, **machine},
         remarks=[*((INFO, line) for line in lines), *about_teacher],
         quiet=args.quiet or parallel.rank() > 0,
     )
+
+
+def introduction(params: Params, learner: Learner, student: Probe, teacher: Probe | None) -> Iterator[str]:
+    """Yields what the log says of a student and its objective."""
+    size = f"{count_parameters(learner.student):,} parameters"
+    yield f"student {params.student['name']}: {size}{_frozen(learner.student, learner.frozen_norms)}"
+    yield f"loss: {learner.loss.describe()}"
+    for role, shown in (("student", student), ("teacher", teacher)):
+        if shown is not None and "features" in learner.loss.needs and (stages := shown.taps()):
+            yield f"stages of the {role}: {stages}"
+    yield from parallel.remarks(learner.device, [learner.student, learner.loss], learner.frozen_norms)
 
 
 def train(args: argparse.Namespace, students: Sequence[Path] = ()) -> int:

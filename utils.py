@@ -266,8 +266,12 @@ def _teacher_section(teacher: Any) -> Any:
 
 
 def full_key(raw: Mapping[str, Any], key: str) -> str:
-    """Returns the dotted path of an option that may be named by its bare key."""
-    if "." in key or key in raw:
+    """Returns the dotted path of an option that may be named by its bare key, or in a list by its place."""
+    first, *others = key.split(".")
+    if others and is_list_of_sections(raw.get(first)):  # a place is called by its label, so that each has one path
+        place = place_of(raw[first], others[0])
+        return key if place is None else ".".join([first, labels_of(raw[first])[place], *others[1:]])
+    if others or key in raw:
         return key
     holders = [prefix for prefix, section in _sections(raw) if key in section]
     if len(holders) > 1:
@@ -303,6 +307,14 @@ def labels_of(sections: Sequence[Mapping[str, Any]]) -> list[str]:
     return labels
 
 
+def place_of(sections: Sequence[Mapping[str, Any]], part: str) -> int | None:
+    """Returns the place in a list of the section that a path names by its label, or by its place from 0."""
+    labels = labels_of(sections)
+    if part in labels:
+        return labels.index(part)
+    return int(part) if part.isdecimal() and int(part) < len(sections) else None
+
+
 def set_option(raw: dict[str, Any], key: str, value: Any) -> None:
     """Sets `raw["a"]["b"] = value` for the key `a.b`, making the section if it is missing.
 
@@ -312,10 +324,10 @@ def set_option(raw: dict[str, Any], key: str, value: Any) -> None:
     section: Any = raw
     for part in path:
         if is_list_of_sections(section):
-            labels = labels_of(section)
-            if part not in labels and not (part.isdecimal() and int(part) < len(section)):
-                raise RunError(f"{key}: the list has no {part!r}; it has {', '.join(labels)}")
-            section = section[labels.index(part) if part in labels else int(part)]
+            place = place_of(section, part)
+            if place is None:
+                raise RunError(f"{key}: the list has no {part!r}; it has {', '.join(labels_of(section))}")
+            section = section[place]
             continue
         section = section.setdefault(part, {})
         if not isinstance(section, dict) and not is_list_of_sections(section):
@@ -347,6 +359,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str
     """Returns the options in which two sets of params differ, as dotted key -> `old -> new`."""
     before, after = flatten(old), flatten(new)
     absent = "absent"
+    for key in old.keys() & new.keys():  # what a checkpoint holds of a list stands in its order
+        if is_list_of_sections(old[key]) and is_list_of_sections(new[key]):
+            before[key], after[key] = labels_of(old[key]), labels_of(new[key])
     return {
         key: f"{before.get(key, absent)!r} -> {after.get(key, absent)!r}"
         for key in sorted(before.keys() | after.keys())

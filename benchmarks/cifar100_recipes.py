@@ -95,8 +95,6 @@ EQUALLY_WIDE: tuple[Pair, ...] = (
     ("resnet32x4", "resnet8x4"),
     ("vgg13", "vgg8"),
 )
-# "overhaul" compares maps of one height and width.
-EQUALLY_LARGE: tuple[Pair, ...] = (*EQUALLY_WIDE, ("wrn_40_2", "wrn_40_1"))
 
 
 def ce(weight: float = 1.0) -> Section:
@@ -177,7 +175,6 @@ def methods(teacher: str, student: str) -> dict[str, list[Section]]:
     left_out = {
         "reviewkd": pair not in REVIEWKD_WEIGHT,
         "fsp": pair not in EQUALLY_WIDE,
-        "overhaul": pair not in EQUALLY_LARGE,
     }
     return {name: losses for name, losses in found.items() if not left_out.get(name)}
 
@@ -207,7 +204,7 @@ def recipe(student: str, losses: list[Section], teacher: str | None = None) -> d
         # Its last weights: the best of a thousand validation images would be a matter of luck.
         params["teacher"] = {"model_dir": f"experiments/cifar100/{teacher}", "restore_file": "last", "cache": "off"}
     return params | {
-        "loss": losses,
+        "loss": losses if len(losses) > 1 else losses[0],
         "optimizer": {
             "name": "sgd",
             "learning_rate": rate,

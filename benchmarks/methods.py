@@ -259,7 +259,7 @@ def learner_of(losses: list[dict[str, Any]]) -> Any:
     from model.nets import NETS
     from model.optim import OPTIMIZERS, SCHEDULES, create_optimizer, create_schedule
     from model.teacher import FrozenTeacher
-    from teaching import set_up
+    from teaching import complete
 
     torch.manual_seed(0)
     options = {"num_classes": CLASSES, "train_size": IMAGES, "image_size": 32, "batch_size": BATCH}
@@ -272,7 +272,7 @@ def learner_of(losses: list[dict[str, Any]]) -> Any:
     resolved, problems = library.resolve(losses)
     assert not problems, problems
     loss = library.create_objective(resolved, 1000)
-    set_up(
+    complete(
         loss, probe(student, "student", splits.shape), probe(teacher.net, "teacher", splits.shape), splits, section, 0
     )
     student, _ = loss.equip(student)

@@ -325,8 +325,8 @@ def with_peers(outputs: Outputs, loss: Loss | Objective, batch: Batch) -> Output
 def pulls(terms: Mapping[str, Tensor], logits: Tensor) -> dict[str, Tensor]:
     """Returns the norm of each term's gradient with respect to the student's logits, as `<term>_gradient`.
 
-    0 for a term that does not depend on them. The sum of squares is over the batch, whose mean a term is: the norm of a
-    batch of N is about that of one sample over the square root of N.
+    0 for a term that does not depend on them; logits of a second view are not among them. The sum of squares is over
+    the batch, whose mean a term is: the norm of a batch of N is about that of one sample over the square root of N.
     """
     norms = {}
     for name, term in terms.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from model.losses.objective import Objective
 from model.outputs import Batch, Outputs
-from model.teacher import FrozenTeacher
+from model.teacher import FrozenTeacher, create_teacher
 
 Combination = Literal["probabilities", "logits"]
 
@@ -139,20 +139,33 @@ class TeacherEnsemble(nn.Module):
 Teacher = FrozenTeacher | TeacherEnsemble
 
 
-def united(
-    members: Sequence[FrozenTeacher], weights: Sequence[float], combine: Combination, loss: Objective
+def create_teachers(
+    states: Sequence[Mapping[str, Any]],
+    sections: Sequence[Mapping[str, Any]],
+    student: Mapping[str, Any],
+    combine: Combination,
+    loss: Objective,
 ) -> Teacher:
     """Returns the only teacher, or an ensemble of several.
 
     Args:
-        members: At least one teacher.
-        weights: The share of each.
+        states: The checkpoint of each, at least one.
+        sections: The resolved `teacher` section of each.
+        student: The student's `net` record: see `create_teacher`.
         combine: See `TeacherEnsemble`.
         loss: What they are for; it says at which temperature probabilities are averaged.
 
     Raises:
-        InputError: It does not say.
+        InputError: It does not say; or a teacher does not fit the student's data.
     """
+    members = [create_teacher(state, section, student) for state, section in zip(states, sections, strict=True)]
+    return united(members, [section["weight"] for section in sections], combine, loss)
+
+
+def united(
+    members: Sequence[FrozenTeacher], weights: Sequence[float], combine: Combination, loss: Objective
+) -> Teacher:
+    """Returns the only teacher, or an ensemble of several: see `create_teachers`."""
     if len(members) == 1:
         return members[0]
     return TeacherEnsemble(members, weights, combine, 1.0 if combine == "logits" else loss.teacher_temperature)

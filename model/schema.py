@@ -25,7 +25,7 @@ from model.losses import LOSSES, create_objective, sections_of
 from model.losses import resolve as resolve_loss
 from model.losses.objective import COMBINABLE, Objective
 from model.losses.weights import WEIGHTS
-from model.nets import NETS
+from model.nets import NETS, peer_options
 from model.optim import OPTIMIZERS, SCHEDULES
 from model.optim import check as check_optim
 from model.registry import Problem, Registry, check_options, options_model, options_of, suggest
@@ -129,7 +129,7 @@ def resolve(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     own = {key: value for key, value in raw.items() if key not in (*SECTIONS, *OTHERS)}
     known = [*options_of(run_options), *SECTIONS, *OTHERS]
     for key in [key for key in own if key not in known]:
-        problems.append((key, f"unknown key; {_place(key) or suggest(key, known)}"))
+        problems.append((key, f"unknown key; {_place(key, raw) or suggest(key, known)}"))
         del own[key]
     top, found = check_options(own, run_options)
     values |= top
@@ -152,14 +152,15 @@ def resolve(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
     return values, problems
 
 
-def _place(key: str) -> str:
+def _place(key: str, raw: Mapping[str, Any]) -> str:
     """Returns a hint for an option that was written at the top level instead of in its section."""
     for section, registry in SECTIONS.items():
         options = {*(options_of(registry.common) if registry.common else ())}
         for _, entry in registry.items():
             options |= set(options_of(entry))
         if key in options:
-            return f"it is an option of a section: write {section}.{key}"
+            label = "<its label>." if isinstance(raw.get(section), list) else ""
+            return f"it is an option of a section: write {section}.{label}{key}"
     return ""
 
 
@@ -206,24 +207,29 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[Problem]:
         yield "loss", str(error)
         return
     names = " and ".join(repr(name) for name in sections_of(values["loss"]))
+    taught = " and ".join(repr(label) for label, part in objective.parts() if part.needs_teacher)
     if objective.needs_teacher and values["teacher"] is None:
-        text = f'loss {names} needs a teacher; add "teacher": "experiments/<its directory>"'
+        text = f'loss {taught} needs a teacher; add "teacher": "experiments/<its directory>"'
         yield "teacher", text
     yield from _contradictions_of_several(values, objective)
     kept = [key for key, section in _teachers(values) if section["cache"] != "off"]
     if objective.needs_teacher and not objective.can_be_stored:
-        text = f'loss {names} needs more of the teacher than can be kept in files; set it to "off"'
+        text = f'loss {taught} needs more of the teacher than can be kept in files; set it to "off"'
         yield from ((f"{key}.cache", text) for key in kept)
     for label, section in sections_of(values["loss"]).items():
         for number, peer in enumerate(section.get("peers") or []):
-            resolved, found = NETS.resolve(peer)
+            _, found = NETS.resolve(peer, peer_options)
             yield from ((f"loss.{label}.peers.{number}.{path}".rstrip("."), text) for path, text in found)
-            section["peers"][number] = resolved
     if "strong_logits" in objective.needs and values["dataset"]["second_augmentation"] is None:
         text = f"loss {names} compares two views of each image; name the transforms of the second, such as"
         yield "dataset.second_augmentation", f'{text} ["crop", "horizontal_flip", "rand_augment"]'
     if values["dataset"]["second_augmentation"] is not None and "strong_logits" not in objective.needs:
         yield "dataset.second_augmentation", f"loss {names} looks at one view only; remove it"
+    changes = objective.initial_epochs or any(
+        isinstance(s["weight"], dict) for s in sections_of(values["loss"]).values()
+    )
+    if changes and values["schedule"].get("metric") == "val.loss":
+        yield "schedule.metric", "val.loss is another function in other epochs here; take val.accuracy"
     if values["unlabelled"] is not None:
         if objective.needs_labels:
             yield "unlabelled", f"loss {names} has no use for images without labels; add one that has, such as kd"

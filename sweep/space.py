@@ -17,7 +17,7 @@ from fractions import Fraction
 from types import NoneType
 from typing import Any
 
-from utils import RunError, set_option, spell_out_teachers
+from utils import RunError, is_list_of_sections, place_of, set_option, spell_out_teachers
 
 Point = dict[str, Any]  # full dotted key -> value; an option whose condition does not hold is not in it
 When = Mapping[str, Sequence[Any]]  # full dotted key -> the values of it with which an option exists
@@ -337,7 +337,11 @@ def remove(params: dict[str, Any], key: str) -> None:
     *path, last = key.split(".")
     section: Any = params
     for part in path:
-        section = section.get(part) if isinstance(section, dict) else None
+        if is_list_of_sections(section):
+            place = place_of(section, part)
+            section = None if place is None else section[place]
+        else:
+            section = section.get(part) if isinstance(section, dict) else None
     if isinstance(section, dict):
         section.pop(last, None)
 

@@ -64,7 +64,7 @@ def refused(script: Script, folder: Path, *arguments: Any, tree: Path | None = N
         ({"loss": KD | {"divergence": "js"}, "teacher": "t"}, "loss.divergence", "'js' is not one of"),
         ({"loss": KD | {"teacher_noise_probability": 0}, "teacher": "t"}, "loss.teacher_noise_probability", "above 0"),
         ({"loss": {"name": "overhaul", "teacher_stages": [1]}, "teacher": "t"}, "loss", "are not of one length"),
-        ({"loss": [{"name": "fitnets", "student_stage": 0}]}, "loss.fitnets.student_stage", "0 is below 1"),
+        ({"loss": [{"name": "fitnets", "student_stage": 0}]}, "loss.student_stage", "0 is below 1"),
         ({"teacher": {"model_dir": "t", "std": [0.1, 0, 0.1]}}, "teacher.std.1", "0 is not above 0"),
         ({"schedule": {"name": "multistep", "milestones": []}}, "schedule.milestones", "[]"),
         ({"schedule": {"name": "step", "step_size": 1e-320}}, "schedule.step_size", "is below 1e-06"),
@@ -280,6 +280,9 @@ def test_a_directory_that_is_its_own_teacher_is_one_line(script: Script, make_ex
 
 ALL = {"name": "kd", "alpha": 1.0, "temperature": 4.0}
 KEPT = {"model_dir": "t", "cache": "lazy"}
+DML = {"name": "dml", "peers": [{"name": "tiny", "freeze": ["conv1"]}]}
+LONG = {"name": "constant", "warmup_epochs": 9}
+RISING = {"name": "linear", "start": 0, "end": 1}
 
 
 @pytest.mark.parametrize(
@@ -299,6 +302,9 @@ KEPT = {"model_dir": "t", "cache": "lazy"}
         ({"loss": {"name": "ce"}, "unlabelled": "rest"}, "unlabelled", "has no use for images without labels"),
         ({"loss": ALL, "unlabelled": {"name": "synthetik"}}, "unlabelled.name", "did you mean 'synthetic'?"),
         ({"loss": [{"name": "ce"}, {"name": "dml", "peers": [{"name": "tinny"}]}]}, "loss.dml.peers.0.name", "'tiny'"),
+        ({"loss": [{"name": "ce"}, DML]}, "loss.dml.peers.0.freeze", "unknown option"),
+        ({"loss": [{"name": "ce"}, ALL | {"weight": LONG}]}, "loss", "warmup_epochs: 9 is above num_epochs, 2"),
+        ({"loss": ALL | {"weight": RISING}, "schedule": {"name": "plateau"}}, "schedule.metric", "take val.accuracy"),
         ({"log_gradient_norms": 1}, "log_gradient_norms", "expected true or false"),
     ],
 )  # fmt: skip

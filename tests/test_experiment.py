@@ -280,6 +280,7 @@ def train_quietly(folder: Path, *options: str) -> None:
     assert train.main() == 0
 
 
+@pytest.mark.slow
 def test_a_kill_before_any_durable_call_loses_nothing(script: Script, make_experiment: Make) -> None:
     changes: dict[str, Any] = {"dataset": {"train_size": 64, "augmentation": "none"}, "checkpoint_minutes": 1e-9}
     whole = make_experiment("whole", **changes)

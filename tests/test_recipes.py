@@ -20,7 +20,7 @@ from torch import nn
 from benchmarks.cifar100_recipes import FOLDER, NETS, PAIRS, differences, recipes, texts
 from model import nets, schema
 from model.engine import probe
-from model.losses import create_objective
+from model.losses import create_objective, sections_of
 from model.outputs import Batch, Outputs, Probe, Samples, answers, outputs_of
 from model.teacher import FrozenTeacher
 from utils import flatten
@@ -34,8 +34,7 @@ def params(name: str) -> dict[str, Any]:
     """Returns the complete params of a recipe by their dotted keys; those of its losses by `loss.<name>.<option>`."""
     values, problems = schema.resolve(json.loads((FOLDER / name / "params.json").read_text()))
     assert not problems
-    losses = {section["name"]: section for section in values["loss"]}
-    assert len(losses) == len(values["loss"])
+    losses = sections_of(values["loss"])
     return flatten({**values, "loss": losses})
 
 
@@ -78,7 +77,7 @@ def test_every_recipe_passes_the_check() -> None:
 
 
 def test_the_thirteen_pairs_have_the_methods_and_every_net_is_there_alone() -> None:
-    some = {"fsp": 6, "overhaul": 7, "reviewkd": 8}
+    some = {"fsp": 6, "reviewkd": 8}
     assert len(PAIRS) == 13
     assert len(VALUES) == 24
     assert len(students()) == 13 * (24 - len(some)) + sum(some.values())

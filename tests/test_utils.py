@@ -129,7 +129,7 @@ LIST = [{"name": "ce"}, {"name": "kd", "alpha": 0.9}, {"name": "kd", "alpha": 0.
         ("weight=2", "loss.ce.weight", 0, "weight", 2),
         ("loss.kd.alpha=0.5", "loss.kd.alpha", 1, "alpha", 0.5),
         ("loss.kd_2.alpha=0.5", "loss.kd_2.alpha", 2, "alpha", 0.5),
-        ("loss.2.alpha=0.5", "loss.2.alpha", 2, "alpha", 0.5),
+        ("loss.2.alpha=0.5", "loss.kd_2.alpha", 2, "alpha", 0.5),
         ("loss.kd.weight.start=0", "loss.kd.weight.start", 1, "weight", {"start": 0}),
     ],
 )
@@ -154,6 +154,12 @@ def test_lists_of_sections_are_flat_under_the_same_names() -> None:
         "teacher.1.model_dir": "b",
         "milestones": [1, 2],
     }
+
+
+def test_lists_of_the_same_sections_in_another_order_differ() -> None:
+    turned = [LIST[1], LIST[0], LIST[2]]
+    assert differences({"loss": LIST}, {"loss": turned}) == {"loss": "['ce', 'kd', 'kd_2'] -> ['kd', 'ce', 'kd_2']"}
+    assert differences({"loss": LIST}, {"loss": json.loads(json.dumps(LIST))}) == {}
 
 
 @pytest.mark.parametrize(

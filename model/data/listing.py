@@ -95,6 +95,27 @@ def _list_files(
     return Listing(str(folder), tuple(classes), tuple(names), tuple(sizes), tuple(labels), manifest.hexdigest())
 
 
+def list_loose_files(folder: Path) -> Listing:
+    """Lists all images below a folder, as if they were of one class; hidden files are ignored.
+
+    Raises:
+        InputError: The folder cannot be read, or has no images.
+    """
+    try:
+        files = list(_below(str(folder), lambda entry: True))
+        stats = [file.stat() for file in files]
+    except OSError as error:
+        raise InputError(f"cannot read {error.filename}: {error.strerror}; check the files", "data") from error
+    if not files:
+        raise InputError(f"{folder} has no images; add some, or name another unlabelled.data_dir", "data")
+    names = tuple(file.path[len(str(folder)) + 1 :] for file in files)
+    manifest = hashlib.sha256()
+    for name, stat in zip(names, stats, strict=True):
+        manifest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    sizes = tuple(stat.st_size for stat in stats)
+    return Listing(str(folder), ("unlabelled",), names, sizes, (0,) * len(names), manifest.hexdigest())
+
+
 def check_classes(listings: Mapping[str, Listing]) -> None:
     """Sees whether all splits have the classes of `train`.
 

@@ -30,6 +30,7 @@ class Loader(ABC):
         augmentation: A family of views; `PLAIN` shows every image as it is (view 0).
         shuffle: Draw a new order each epoch instead of that of `indices`.
         seed: Decides order and views.
+        order_seed: Decides the order alone; None: `seed`.
         device: Where the batches are made.
 
     Raises:
@@ -47,6 +48,7 @@ class Loader(ABC):
         augmentation: Augmentation = PLAIN,
         shuffle: bool = False,
         seed: int = 0,
+        order_seed: int | None = None,
         device: torch.device,
     ) -> None:
         indices = torch.arange(len(split)) if indices is None else indices.cpu()
@@ -58,6 +60,7 @@ class Loader(ABC):
         self.augmentation = augmentation
         self.shuffle = shuffle
         self.seed = seed
+        self.order_seed = seed if order_seed is None else order_seed
         self.device = device
         self._part, self._parts = 0, 1
         self._labels = split.labels.to(device)
@@ -113,7 +116,7 @@ class Loader(ABC):
         """Returns the samples of an epoch in its order, and their views: each `(n,)` int64 on the CPU."""
         indices = self.indices
         if self.shuffle:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
+            generator = torch.Generator().manual_seed(derive_seed(self.order_seed, "order", epoch))
             indices = indices[torch.randperm(len(indices), generator=generator)]
         if self.num_views is None:
             return indices, torch.full_like(indices, -1)

@@ -129,6 +129,8 @@ def prepare(
     Raises:
         InputError: A class would be without training or validation images, or an option does not fit the data.
     """
+    if len(images.classes) < 2:
+        raise InputError(f"dataset {name!r} has no classes to learn; name it as unlabelled", "data")
     mean_used = _constants("mean", mean, images.mean, images)
     std_used = _constants("std", std, images.std, images)
     if min(std_used) <= 0:
@@ -140,17 +142,19 @@ def prepare(
     train_indices = division.train[_subset(labels, subset_fraction, subset_rule, val_seed)]
 
     def loader(
-        split: AnySplit, indices: Tensor, size: int, shown: Sequence[dict[str, Any]] = (), shuffle: bool = False
+        split: AnySplit, indices: Tensor, size: int, shown: Sequence[dict[str, Any]] = (), **changes: Any
     ) -> Loader:
         options: dict[str, Any] = {"indices": indices, "batch_size": size, "mean": mean_used, "std": std_used}
-        options |= {"shuffle": shuffle, "seed": seed, "device": device}
+        options |= {"seed": seed, "device": device, **changes}
         return make_loader(split, shown, num_workers=num_workers, **options)
 
     train = loader(images.train, train_indices, batch_size, sections, shuffle=True)
     second = None
     if second_augmentation is not None:
         transforms = _transforms("second_augmentation", second_augmentation)
-        second = loader(train.split, train_indices, batch_size, transforms, shuffle=True)
+        # The same samples in the same order; but what is drawn for a sample is drawn anew.
+        apart = {"seed": derive_seed(seed, "second"), "order_seed": seed}
+        second = loader(train.split, train_indices, batch_size, transforms, shuffle=True, **apart)
     # A carved validation split shares the training split's images, also those on the device.
     val_split = train.split if division.val_split is images.train else division.val_split
     val = loader(val_split, division.val, eval_batch_size)
@@ -190,8 +194,8 @@ def add_unlabelled(splits: Data, images: Images | None, name: str, options: dict
 
     Args:
         splits: The labelled data.
-        images: Their training split is taken whole; None: the images of the labelled training list that are neither
-            trained nor validated on.
+        images: Their training split is taken, but for what the run validates on, if that is the very same list; None:
+            the images of the labelled training list that are neither trained nor validated on.
         name: What to call them.
         options: As `unlabelled_options` describes them.
 
@@ -201,9 +205,11 @@ def add_unlabelled(splits: Data, images: Images | None, name: str, options: dict
     train = splits.train
     split: AnySplit = train.split if images is None else images.train
     indices = torch.arange(len(split))
-    if images is None:
-        taken = [train.indices, splits.val.indices] if splits.val.split is train.split else [train.indices]
-        indices = indices[~torch.isin(indices, torch.cat(taken))]
+    same = images is None or split.fingerprint() == train.split.fingerprint()
+    carved = splits.val.indices if splits.val.split is train.split else indices[:0]
+    if same:  # no image may be learnt from that selects the epoch, whatever it is called
+        taken = torch.cat([carved, train.indices]) if images is None else carved
+        indices = indices[~torch.isin(indices, taken)]
     if split.shape != splits.shape:
         line = f"unlabelled: its images are {split.shape}, those of dataset {splits.shape}; give both one size"
         raise InputError(line, "data")

@@ -36,6 +36,8 @@ def resolve(value: Any) -> tuple[Any, list[Problem]]:
     Returns:
         The complete section or list, and every problem found, as (key below `loss`, text).
     """
+    if isinstance(value, list) and len(value) == 1:
+        return _resolve_one(value[0])
     if not isinstance(value, list):
         return _resolve_one(value)
     if not value:
@@ -53,9 +55,7 @@ def _resolve_one(section: Any) -> tuple[dict[str, Any], list[Problem]]:
     values, problems = LOSSES.resolve(section)
     if not problems:
         entry: Any = LOSSES[values["name"]]
-        if values["weight"] is None:
-            values["weight"] = entry.usual_weight
-        values["weight"], _ = resolve_weight(values["weight"])
+        values["weight"], _ = resolve_weight(values["weight"], entry.usual_weight)
     return values, problems
 
 

@@ -24,7 +24,8 @@ class Loss(nn.Module):
         usual_weight: Its weight in an objective that does not say another: the published one.
         trains_classifier: Whether its gradient reaches the student's classifier. An objective of which no part does
             would leave that as it began.
-        initial_epochs: How many epochs a stage of its own takes, in which no other loss counts.
+        initial_epochs: How many epochs a stage of its own takes, in which no other loss counts; the objective, on
+            validation too, is then another function.
         initial_weight: Its weight in those; None: as in all others.
         processes: Whether the processes of a run may each compute it on their own part of a batch.
         teacher_statistics: What the teacher's batch norms normalise with: the `running` statistics of its own training,
@@ -62,7 +63,7 @@ class Loss(nn.Module):
     def peer_sections(self) -> list[dict[str, Any]]:
         """Sections of the nets that learn beside the student, if any: the program makes them into `peers`.
 
-        A section without a name stands for the student's own net with other initial weights.
+        An empty one stands for the student's own net with other initial weights.
         """
         return []
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn import functional as F
 
+from model.errors import InputError
 from model.losses import LOSSES
 from model.losses.base import Loss
 from model.outputs import Batch, Outputs
@@ -81,6 +82,8 @@ class DISTLoss(Loss):
         temperature: Annotated[float, Field(gt=0, le=1000)] = 4.0,
     ) -> None:
         super().__init__()
+        if beta == 0 and gamma == 0:
+            raise InputError("beta and gamma are both 0: nothing is left to learn; raise one")
         self.beta = beta
         self.gamma = gamma
         self.temperature = temperature

@@ -9,10 +9,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.errors import InputError
 from model.losses import LOSSES
 from model.losses.base import Loss
-from model.losses.logits import is_label, non_target_log_probs, standardised
-from model.outputs import Batch, Outputs
+from model.losses.logits import is_label, non_target_log_probs, notice_two_classes, standardised
+from model.outputs import Batch, Outputs, Probe
 
 
 def dkd_parts(
@@ -98,6 +99,8 @@ class DKDLoss(Loss):
         standardise: bool = False,
     ) -> None:
         super().__init__()
+        if alpha == 0 and beta == 0:
+            raise InputError("alpha and beta are both 0: nothing is left to learn; raise one")
         self.alpha = alpha
         self.beta = beta
         self.temperature = temperature
@@ -106,6 +109,9 @@ class DKDLoss(Loss):
     @property
     def teacher_temperature(self) -> float | None:
         return None if self.standardise else self.temperature  # of z-scores, each sample has its own
+
+    def attach(self, student: Probe, teacher: Probe | None) -> None:
+        notice_two_classes("dkd", student)
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None

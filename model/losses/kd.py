@@ -91,7 +91,7 @@ class KDLoss(Loss):
     With `standardise` its authors take T 2, a weight of 9 for the teacher term and 0.1 for the labels (CIFAR-100):
     `[{"name": "ce", "weight": 0.1}, {"name": "kd", "alpha": 1, "temperature": 2, "standardise": true, "weight": 9}]`.
     Where a student's logits are constant over the classes, its gradient is then of the order of a million (see
-    `model/losses/logits.py`): clip gradients if the classifier begins at zero.
+    `model/losses/logits.py`): do not let the classifier begin at zero.
 
     Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2; `mse_logits`:
     Ba and Caruana, "Do Deep Nets Really Need to be Deep?", 2014, section 2.2; the noise: Sau and Balasubramanian,

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.errors import Notice
+from model.outputs import Probe
+
 EPSILON = 1e-7
+
+
+def notice_two_classes(loss: str, student: Probe) -> None:
+    """Warns of two classes: there is one class besides the label, and what compares those is constant."""
+    if student.outputs.logits.shape[1] == 2:
+        line = f"loss {loss!r}: of two classes, its part of the other classes is constant and teaches nothing"
+        warnings.warn(line, Notice, stacklevel=2)
 
 
 def standardised(logits: Tensor) -> Tensor:

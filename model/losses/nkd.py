@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from model.losses import LOSSES
 from model.losses.base import Loss
-from model.losses.logits import is_label, non_target_log_probs
-from model.outputs import Batch, Outputs
+from model.losses.logits import is_label, non_target_log_probs, notice_two_classes
+from model.outputs import Batch, Outputs, Probe
 
 
 def nkd_loss(
@@ -75,6 +75,9 @@ class NKDLoss(Loss):
     @property
     def teacher_temperature(self) -> float | None:
         return 1.0 if self.temperature == 1 else None  # the label's part is at 1
+
+    def attach(self, student: Probe, teacher: Probe | None) -> None:
+        notice_two_classes("nkd", student)
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from model.errors import InputError
 from model.losses.base import Loss
-from model.losses.weights import Weight, create_weight, describe_weight
+from model.losses.weights import Weight, create_weight, describe_weight, resolve_weight
 from model.outputs import Batch, Outputs, Probe, Samples
 from model.registry import free_name
 
 # Outputs that a store of the teacher's answers can hold: small, and the same whatever else is in the batch.
 STORABLE = frozenset({"logits", "embedding"})
+LOGITS = frozenset({"logits", "strong_logits"})
 # Outputs that several teachers can give together: what they say of the classes, which are the same for all.
 COMBINABLE = frozenset({"logits", "strong_logits"})
 
@@ -24,7 +25,7 @@ class Objective(nn.Module):
 
     Args:
         losses: By their labels: names, numbered where several are of one name.
-        weights: As the resolved sections have them, by the same labels.
+        weights: As params.json has them, by the same labels; None is the loss's usual one.
         num_epochs: Of the run.
 
     Raises:
@@ -34,14 +35,14 @@ class Objective(nn.Module):
     def __init__(self, losses: Mapping[str, Loss], weights: Mapping[str, Any], num_epochs: int) -> None:
         super().__init__()
         # What never counts is not even kept: a run with weight 0 is the run without that part.
-        kept = {label: loss for label, loss in losses.items() if not is_zero(weights[label], loss)}
+        weights = {label: resolve_weight(weights[label], loss.usual_weight)[0] for label, loss in losses.items()}
+        curves = {label: create_weight(weights[label], num_epochs) for label in losses}
+        kept = {label: loss for label, loss in losses.items() if ever_counts(curves[label], num_epochs)}
         if not kept:
             raise InputError(f"every weight is 0 ({', '.join(losses)}): nothing is left to learn; raise one")
         self.losses = nn.ModuleDict(kept)
         self.weights = {label: weights[label] for label in kept}
-        self.curves: dict[str, Weight] = {
-            label: create_weight(weights[label], loss.usual_weight, num_epochs) for label, loss in kept.items()
-        }
+        self.curves: dict[str, Weight] = {label: curves[label] for label in kept}
         stages = {label: loss.initial_epochs for label, loss in kept.items() if loss.initial_epochs}
         if len(stages) > 1:
             raise InputError(f"{' and '.join(stages)} begin with a stage of their own; an objective can have one such")
@@ -79,7 +80,7 @@ class Objective(nn.Module):
     @property
     def teacher_needs(self) -> frozenset[str]:
         """Which fields of the teacher's outputs are read."""
-        return frozenset({"logits"}).union(*(loss.needs for _, loss in self._taught()))
+        return frozenset({"logits"}).union(*(loss.teacher_needs for _, loss in self._taught()))
 
     @property
     def needs_teacher(self) -> bool:
@@ -142,10 +143,10 @@ class Objective(nn.Module):
             student, parts = loss.equip(student)
             if parts and equipment:
                 raise InputError(f"{label}: another loss has given the student parts already; name one such loss")
-            others = [name for name, other in self.parts() if other is not loss and "embedding" in other.needs]
+            others = [name for name, other in self.parts() if other is not loss and other.needs - LOGITS]
             if parts and others:
-                line = f"{label} gives the student another embedding than the one that {' and '.join(others)} reads"
-                raise InputError(f"{line}; leave one of them out")
+                line = f"{label} gives the student other maps than those that {' and '.join(others)} would compare"
+                raise InputError(f"{line}; beside it only losses of logits can stand")
             equipment |= parts
         return student, equipment
 
@@ -163,7 +164,8 @@ class Objective(nn.Module):
             weight = self.curves[label](self.epoch)
             if self.epoch < loss.initial_epochs and loss.initial_weight is not None:
                 weight = loss.initial_weight
-            if weight and not self.epoch < self.initial_epochs != loss.initial_epochs:
+            alone = self.epoch < self.initial_epochs  # whoever has a stage of its own
+            if weight and (loss.initial_epochs or not alone):
                 yield loss, weight
 
     @property
@@ -188,14 +190,14 @@ class Objective(nn.Module):
         """Returns the sum with its effective weights in one line."""
         described = []
         for label, loss in self.parts():
-            weight = describe_weight(self.weights[label], loss.usual_weight)
+            weight = describe_weight(self.weights[label])
             described.append(loss.describe() if weight == "1" else f"{weight} x [{loss.describe()}]")
         return " + ".join(described)
 
 
-def is_zero(weight: Any, loss: Loss) -> bool:
-    """Tells whether a weight is the number 0."""
-    return not isinstance(weight, Mapping) and (loss.usual_weight if weight is None else weight) == 0
+def ever_counts(weight: Weight, num_epochs: int) -> bool:
+    """Tells whether a weight is above 0 in some epoch."""
+    return any(map(weight, range(max(num_epochs, 1))))
 
 
 def labelled(student: Outputs, teacher: Outputs | None, batch: Batch) -> tuple[Outputs, Outputs | None, Batch]:

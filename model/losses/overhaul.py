@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.losses import LOSSES
+from model.losses.adapters import pooled
 from model.losses.base import Loss
 from model.losses.stages import Pairs, StageList, Stages, check_lengths, describe_pairs, paired
 from model.outputs import Batch, Outputs, Probe
@@ -53,7 +54,10 @@ def partial_l2(student_maps: Tensor, teacher_maps: Tensor, margin: Tensor) -> Te
 
 
 class Connector(nn.Module):
-    """Fits the student's channels to the teacher's; returns the distance of what comes out from the teacher's maps."""
+    """Fits the student's channels to the teacher's; returns the distance of what comes out from the teacher's maps.
+
+    The teacher's maps are average-pooled where they are larger.
+    """
 
     margin: Tensor
 
@@ -65,7 +69,9 @@ class Connector(nn.Module):
         self.register_buffer("margin", margin)
 
     def forward(self, student_maps: Tensor, teacher_maps: Tensor) -> Tensor:
-        return partial_l2(self.norm(self.conv(student_maps)), teacher_maps, self.margin)
+        return partial_l2(
+            self.norm(self.conv(student_maps)), pooled(teacher_maps, *student_maps.shape[2:]), self.margin
+        )
 
 
 @LOSSES.register("overhaul")
@@ -86,7 +92,7 @@ class OverhaulLoss(Loss):
             authors advise, or with their own `running` ones. Validation always uses the latter.
         student_stages: The student's stages from the first to the last, counted from 1; null: the last stage of every
             map size that both nets have.
-        teacher_stages: The teacher's stages that they meet, of the same map sizes; null as before.
+        teacher_stages: The teacher's stages that they meet, whose maps are not smaller; null as before.
     """
 
     needs = frozenset({"preacts"})
@@ -118,9 +124,11 @@ class OverhaulLoss(Loss):
             raise stages.error("the teacher has no batch norm in front of each stage's last activation")
         if getattr(teacher.net, "activation", F.relu) is not F.relu:
             raise stages.error("the last activation of the teacher's stages is not a ReLU")
-        self.pairs = stages.pairs(self.student_stages, self.teacher_stages, same_size=True)
+        self.pairs = stages.pairs(self.student_stages, self.teacher_stages, by_size=True)
         for own, other in self.pairs:
-            student_shape, _ = stages.shapes(own, other)
+            student_shape, teacher_shape = stages.shapes(own, other)
+            if any(size > most for size, most in zip(student_shape[1:], teacher_shape[1:], strict=True)):
+                raise stages.error(f"the maps of student stage {own} are larger than those of teacher stage {other}")
             norm = norms[other - 1]
             margin = margins(norm.weight.detach(), norm.bias.detach())
             self.connectors.append(Connector(student_shape[0], margin))

@@ -10,7 +10,6 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.errors import InputError
 from model.losses import LOSSES
 from model.losses.adapters import match_sizes
 from model.losses.base import Loss
@@ -63,10 +62,9 @@ class SimKDLoss(Loss):
         classifier = teacher.net.get_submodule(classifier_of(teacher.net))
         fits = isinstance(classifier, nn.Linear) and classifier.in_features == other[0]
         if not fits or not takes_the_mean(teacher, classifier):
-            raise InputError(
-                "loss 'simkd' gives the student the teacher's classifier, which must be one linear layer on the mean of"
-                f" the last map, {'x'.join(map(str, other))}; that of teacher {teacher.name!r} is not: choose another"
-                " teacher, or other stages of it"
+            raise stages.error(
+                "the student gets the teacher's classifier, which must be one linear layer on the mean of the last map,"
+                f" and that of teacher {teacher.name!r} is not"
             )
         assert isinstance(classifier, nn.Linear)
         self.parts = {

@@ -94,7 +94,7 @@ class Stages:
         self,
         student_stages: Sequence[int] | None = None,
         teacher_stages: Sequence[int] | None = None,
-        same_size: bool = False,
+        by_size: bool = False,
     ) -> Pairs:
         """Returns which stages meet: those that are named, or else all of nets with as many stages as each other.
 
@@ -102,21 +102,18 @@ class Stages:
 
         Args:
             student_stages, teacher_stages: As many of each (see `check_lengths`), or None of both.
-            same_size: The maps of a pair must be of one height and width. Where no stages are named, it is then the
-                last one of every size that both have in any case.
+            by_size: Where no stages are named, take the last one of every size that both have in any case.
 
         Raises:
-            InputError: A stage does not exist, or sizes are not as they must be.
+            InputError: A stage does not exist, or no size is common.
         """
         if not student_stages or not teacher_stages:
-            if same_size or len(self.student.shapes) != len(self.teacher.shapes):
+            if by_size or len(self.student.shapes) != len(self.teacher.shapes):
                 return self.of_equal_size()
             return [(number, number) for number in range(1, len(self.student.shapes) + 1)]
         pairs = list(zip(student_stages, teacher_stages, strict=True))
-        for own, other in pairs:
-            student_shape, teacher_shape = self.shapes(own, other)
-            if same_size and student_shape[1:] != teacher_shape[1:]:
-                raise self.error(f"student stage {own} and teacher stage {other} differ in height or width")
+        for pair in pairs:
+            self.shapes(*pair)  # refuses one that does not exist
         return pairs
 
     def of_equal_size(self) -> Pairs:

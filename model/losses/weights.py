@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from model.errors import InputError
 from model.registry import Milestones, Problem, Registry, checked_by
 
 Weight = Callable[[int], float]  # of an epoch, from 0
@@ -27,17 +28,18 @@ WEIGHTS = Registry("weight", common=weight_options)
 
 
 @WEIGHTS.register("constant")
-def constant(num_epochs: int, usual: float, *, value: Amount | None = None) -> Weight:
+def constant(num_epochs: int, *, value: Amount | None = None) -> Weight:
     """The same throughout, but for a warm-up.
 
     Args:
         value: The weight; null: the usual one of the loss.
     """
-    return lambda epoch: usual if value is None else value
+    assert value is not None, "the objective's sections are complete"
+    return lambda epoch: value
 
 
 @WEIGHTS.register("linear")
-def linear(num_epochs: int, usual: float, *, start: Amount, end: Amount, epochs: NumEpochs | None = None) -> Weight:
+def linear(num_epochs: int, *, start: Amount, end: Amount, epochs: NumEpochs | None = None) -> Weight:
     """A straight line from `start`, before the first epoch, to `end`, in the last of `epochs` and from then on.
 
     Args:
@@ -49,7 +51,7 @@ def linear(num_epochs: int, usual: float, *, start: Amount, end: Amount, epochs:
 
 
 @WEIGHTS.register("cosine")
-def cosine(num_epochs: int, usual: float, *, start: Amount, end: Amount, epochs: NumEpochs | None = None) -> Weight:
+def cosine(num_epochs: int, *, start: Amount, end: Amount, epochs: NumEpochs | None = None) -> Weight:
     """Half a cosine from `start`, before the first epoch, to `end`, in the last of `epochs` and from then on.
 
     Args:
@@ -63,7 +65,6 @@ def cosine(num_epochs: int, usual: float, *, start: Amount, end: Amount, epochs:
 @WEIGHTS.register("step")
 def step(
     num_epochs: int,
-    usual: float,
     *,
     milestones: Milestones,
     gamma: Amount = 0.1,
@@ -76,19 +77,24 @@ def step(
         gamma: The factor; 0 switches the loss off.
         value: The first weight; null: the usual one of the loss.
     """
-    first = usual if value is None else value
-    return lambda epoch: first * gamma ** sum(epoch >= milestone for milestone in milestones)
+    assert value is not None, "the objective's sections are complete"
+    return lambda epoch: value * gamma ** sum(epoch >= milestone for milestone in milestones)
 
 
 def _done(epoch: int, epochs: int) -> float:
     return min((epoch + 1) / max(epochs, 1), 1.0)
 
 
-def resolve_weight(weight: float | Mapping[str, Any] | None) -> tuple[float | dict[str, Any] | None, list[Problem]]:
-    """Checks a weight as params.json has it and fills in the defaults of a schedule."""
+def resolve_weight(
+    weight: float | Mapping[str, Any] | None, usual: float | None = None
+) -> tuple[float | dict[str, Any] | None, list[Problem]]:
+    """Checks a weight as params.json has it and fills in defaults; `usual`, that of the loss, where none is given."""
     if not isinstance(weight, Mapping):
-        return weight, []
-    return WEIGHTS.resolve(weight)
+        return usual if weight is None else weight, []
+    section, problems = WEIGHTS.resolve(weight)
+    if not problems and section.get("value", ...) is None:
+        section["value"] = usual
+    return section, problems
 
 
 Weighting = Annotated[
@@ -96,25 +102,29 @@ Weighting = Annotated[
 ]
 
 
-def create_weight(weight: float | Mapping[str, Any] | None, usual: float, num_epochs: int) -> Weight:
+def create_weight(weight: float | Mapping[str, Any], num_epochs: int) -> Weight:
     """Returns the weight that a resolved option stands for.
 
     Args:
-        weight: A number, a resolved section of `WEIGHTS`, or None for `usual`.
-        usual: That of the loss.
+        weight: A number, or a complete section of `WEIGHTS`.
         num_epochs: Of the run.
+
+    Raises:
+        InputError: The warm-up is longer than the run.
     """
     if not isinstance(weight, Mapping):
-        return lambda epoch: usual if weight is None else weight
+        return lambda epoch: weight
     _, common = WEIGHTS.split(weight)
-    curve: Weight = WEIGHTS.create(weight, num_epochs, usual)
+    curve: Weight = WEIGHTS.create(weight, num_epochs)
     warmup = common["warmup_epochs"]
+    if warmup > num_epochs > 0:
+        raise InputError(f"weight.warmup_epochs: {warmup} is above num_epochs, {num_epochs}")
     return (lambda epoch: curve(epoch) * _done(epoch, warmup)) if warmup else curve
 
 
-def describe_weight(weight: float | Mapping[str, Any] | None, usual: float) -> str:
+def describe_weight(weight: float | Mapping[str, Any]) -> str:
     """Returns a weight as the log has it: a number, or what it does."""
     if not isinstance(weight, Mapping):
-        return f"{usual if weight is None else weight:.4g}"
-    given = ", ".join(f"{key} {value}" for key, value in weight.items() if key != "name" and value is not None)
+        return f"{weight:.4g}"
+    given = ", ".join(f"{key} {value}" for key, value in weight.items() if key != "name" and value not in (None, 0))
     return f"({weight['name']}: {given})"

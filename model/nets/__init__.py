@@ -38,6 +38,14 @@ def net_options(
     """
 
 
+def peer_options(*, init: Literal["default", "he", "xavier", "normal"] = "default") -> None:
+    """Options of a net that learns beside the student; what it begins with is always new.
+
+    Args:
+        init: As for `student`.
+    """
+
+
 NETS = Registry("net", common=net_options)
 
 import_all(__name__, __path__)

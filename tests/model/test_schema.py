@@ -174,8 +174,9 @@ def test_a_section_that_has_a_default_goes_by_its_name_unless_it_says_another(se
 @pytest.mark.parametrize("value", ["sgd", ["sgd"], 3, True])
 def test_a_section_is_an_object(section: str, value: object) -> None:
     text = 'expected {"name": ..., options}, got '
-    if section == "loss" and isinstance(value, list):  # or a list of such
-        assert problems_of(**{section: value}) == {"loss.0": f"{text}'sgd'"}
+    if section == "loss" and isinstance(value, list):  # a list of one is that one
+        assert problems_of(**{section: value}) == {"loss": f"{text}'sgd'"}
+        assert problems_of(**{section: [{"name": "ce"}, "sgd"]}) == {"loss.1": f"{text}'sgd'"}
     else:
         assert problems_of(**{section: value}) == {section: f"{text}{value!r}"}
 

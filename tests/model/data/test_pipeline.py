@@ -351,6 +351,17 @@ def test_a_second_view_has_its_own_transforms_and_the_same_samples():
     assert batch.strong_images.shape == batch.images.shape == (16, 3, 8, 8)
 
 
+def test_a_second_view_by_the_same_transforms_is_another_view():
+    data = data_of(augmentation="crop_flip", second_augmentation="crop_flip", batch_size=64)
+    batch = next(iter(data.lessons.epoch(0)))
+    same = (batch.images == batch.strong_images).flatten(1).all(1)
+    assert same.float().mean() < 0.2, "1 of 162 views, and of 8x8 images with random pixels"
+    again = next(
+        iter(data_of(augmentation="crop_flip", second_augmentation="crop_flip", batch_size=64).lessons.epoch(0))
+    )
+    assert torch.equal(batch.strong_images, again.strong_images)
+
+
 def test_what_is_wrong_with_a_second_view_names_it():
     with pytest.raises(InputError, match=r"dataset\.second_augmentation.*did you mean 'crop'"):
         data_of(second_augmentation=["crops"])
@@ -390,6 +401,15 @@ def test_of_another_dataset_all_training_images_are_taken_and_seen_as_the_studen
     pixels = other.train.images[batch.indices] / 255
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (data.mean, data.std))
     torch.testing.assert_close(batch.images, (pixels - mean) / std)
+
+
+def test_images_that_select_the_epoch_are_not_learnt_from_under_another_name():
+    images = images_of()
+    data = data_of(images, subset_fraction=0.5)
+    again = with_unlabelled(images_of(), data)
+    assert not torch.isin(again.unlabelled.indices, data.val.indices).any()
+    assert torch.isin(data.train.indices, again.unlabelled.indices).all(), "but the others all are"
+    assert with_unlabelled(images_of((40, 60, 26)), data).unlabelled.num_samples == 126
 
 
 def test_unlabelled_images_change_the_fingerprint():

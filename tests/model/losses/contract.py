@@ -6,12 +6,14 @@ plug-in needs nothing here: options without a default get a plausible value, and
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import inspect
 import io
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -24,7 +26,7 @@ from torch.testing import assert_close
 from model import engine
 from model.devices import autocast
 from model.engine import Learner, probe
-from model.errors import InputError
+from model.errors import InputError, Notice
 from model.losses import LOSSES
 from model.losses.base import Loss
 from model.losses.ce import CELoss
@@ -75,6 +77,8 @@ def plausible(name: str, annotation: Any) -> Any:
         return [plausible(name, get_args(base)[0])]
     if base is bool:
         return True
+    if base is str:
+        return "some text"
     if get_origin(base) is dict:
         return {}
     if type(None) in get_args(base):
@@ -265,7 +269,9 @@ class Case:
         seeded(seed)
         loss = self.make()
         shown, taught = probes(self.pair, classes)
-        loss.attach(shown, taught if loss.needs_teacher else None)
+        with warnings.catch_warnings():  # of two classes, say
+            warnings.simplefilter("ignore", Notice)
+            loss.attach(shown, taught if loss.needs_teacher else None)
         loss.enrol(samples_of(classes))
         loss.peers.extend(net_of(WIDTHS[self.pair][0], classes).eval() for _ in loss.peer_sections)
         if type(loss).equip is not Loss.equip:
@@ -774,6 +780,8 @@ def other_values(name: str, annotation: Any, value: Any) -> list[Any]:
         return [each for each in get_args(base) if each != value]
     if base is int:
         return [value + 1, value - 1, 2 * value, 0]
+    if base is str:  # whatever it may be, it must count; one of few names is a Literal
+        return [f"{value} and more"]
     if base is float:
         return [1.5 * value, 0.5 * value, value + 0.25, value - 0.25, 0.0, 1.0]
     return []
@@ -821,6 +829,23 @@ def differs(one: list[Any], other: list[Any]) -> bool:
         return a == pytest.approx(b, rel=1e-6, abs=1e-12) if isinstance(a, float) else bool(a == b)
 
     return len(one) != len(other) or not all(map(same, one, other))
+
+
+def check_no_option_changes_the_formula_at_its_bound(entry: Callable[..., Loss]) -> None:
+    """At an end of its range, which often switches something off, an option means what it means close to it."""
+    base = plausible_options(entry)
+    for name, (annotation, _) in options_of(entry).items():
+        kind, bounds = bounds_of(annotation)
+        if kind is not float:
+            continue
+        for bound, step in ((bounds.get("ge"), 1e-5), (bounds.get("le"), -1e-5)):
+            if bound is None:
+                continue
+            values = [float(bound), bound + step * (abs(bound) or 1)]
+            with contextlib.suppress(InputError):  # nothing may be left of it
+                pair = [Case(functools.partial(entry, **base | {name: value})).ready() for value in values]
+                there, near = (total(ready.terms(*ready.inputs())).item() for ready in pair)
+                assert there == pytest.approx(near, rel=0.01, abs=0.01), f"{name} at {bound}"
 
 
 def check_every_option_changes_the_loss(entry: Callable[..., Loss]) -> None:

@@ -12,6 +12,7 @@ from golden import CLASSES, check_golden_logits, golden_labels, golden_logits, s
 from logit_claims import CLAIMS, least_at_the_teacher
 from torch import Tensor
 
+from model.errors import InputError
 from model.losses import LOSSES
 from model.losses.dist import DISTLoss, correlations, dist_loss
 
@@ -81,7 +82,8 @@ def test_each_weight_scales_its_part_down_to_nothing() -> None:
         return terms_of(DISTLoss(beta=beta, gamma=gamma), student, teacher, golden_labels())["dist"].item()
 
     assert value(3, 5) == pytest.approx(3 * value(1, 0) + 5 * value(0, 1), rel=1e-12)
-    assert value(0, 0) == 0
+    with pytest.raises(InputError, match="beta and gamma are both 0"):
+        value(0, 0)
 
 
 def test_it_is_one_method_without_cross_entropy_of_the_published_weight() -> None:

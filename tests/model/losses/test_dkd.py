@@ -19,12 +19,14 @@ from golden import (
     terms_of,
 )
 from logit_claims import CLAIMS, least_at_the_teacher, repeated_batch_has_the_same_loss
-from torch import Tensor
+from torch import Tensor, nn
 
+from model.errors import InputError, Notice
 from model.losses import LOSSES
 from model.losses.dkd import DKDLoss, dkd_loss, dkd_parts
 from model.losses.kd import kd_loss
 from model.losses.logits import standardised
+from model.outputs import Outputs, Probe
 
 
 def usual(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -137,7 +139,8 @@ def test_each_weight_scales_its_part_down_to_nothing() -> None:
         return terms_of(DKDLoss(alpha=alpha, beta=beta), student, teacher, labels)["dkd"].item()
 
     assert value(3, 5) == pytest.approx(3 * value(1, 0) + 5 * value(0, 1), rel=1e-12)
-    assert value(0, 0) == 0
+    with pytest.raises(InputError, match="alpha and beta are both 0"):
+        value(0, 0)
 
 
 def test_standardising_makes_the_scale_of_logits_meaningless() -> None:
@@ -181,3 +184,12 @@ def test_an_option_out_of_range_is_refused(option: str, value: object, problem: 
     (found,) = LOSSES.resolve({"name": "dkd", option: value})[1]
     assert found[0] == option
     assert found[1].startswith(problem)
+
+
+def test_of_two_classes_a_notice_says_that_a_part_is_idle() -> None:
+    def shown(classes: int) -> Probe:
+        return Probe("net", nn.Identity(), Outputs(torch.empty(1, classes, device="meta")))
+
+    DKDLoss().attach(shown(3), shown(3))
+    with pytest.warns(Notice, match="of two classes, its part of the other classes is constant"):
+        DKDLoss().attach(shown(2), shown(2))

@@ -33,6 +33,7 @@ from contract import (
     check_its_inputs_are_left_alone,
     check_its_state_dict_is_all_there_is_to_it,
     check_neither_net_is_a_part_of_it,
+    check_no_option_changes_the_formula_at_its_bound,
     check_of_the_teacher_it_reads_probabilities_if_it_says_so,
     check_outputs_computed_in_bf16_give_about_the_same_loss,
     check_student_and_loss_were_in_train_mode_at_every_step,
@@ -83,6 +84,11 @@ def test_a_run_with_weight_0_is_the_run_without_it(name: str) -> None:
 @every_loss
 def test_every_option_changes_the_loss(name: str) -> None:
     check_every_option_changes_the_loss(LOSSES[name])
+
+
+@every_loss
+def test_no_option_changes_the_formula_at_its_bound(name: str) -> None:
+    check_no_option_changes_the_formula_at_its_bound(LOSSES[name])
 
 
 @every_loss
@@ -542,7 +548,7 @@ def test_a_new_file_in_model_losses_is_held_to_the_contract_without_any_other_ch
         for line in done.stdout.splitlines()
         if line.startswith(("PASSED", "FAILED", "ERROR"))
     }
-    assert len([test for test in outcomes if "right" in test]) == len(CHECKS) + len(CHECKS_OF_THE_WHOLE) + 4, (
+    assert len([test for test in outcomes if "right" in test]) == len(CHECKS) + len(CHECKS_OF_THE_WHOLE) + 5, (
         done.stdout
     )
     assert len([test for test in outcomes if "wrong" in test]) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -232,6 +233,20 @@ def test_parts_for_the_student_come_from_one_loss() -> None:
         objective.equip(torch.nn.Identity())
 
 
+def test_beside_parts_for_the_student_nothing_compares_its_maps() -> None:
+    class Equipping(Counting):
+        def equip(self, student: Any) -> Any:
+            return student, {"projected": {}}
+
+    class OnMaps(Counting):
+        needs = frozenset({"features"})
+
+    for other, refused in ((OnMaps(), True), (Counting(), False)):
+        objective = Objective({"a": Equipping(), "b": other}, {"a": 1.0, "b": 1.0}, 1)
+        with pytest.raises(InputError, match="other maps than those that b would") if refused else nullcontext():
+            objective.equip(torch.nn.Identity())
+
+
 # --- for the log --------------------------------------------------------------------------------------------
 
 
@@ -272,8 +287,8 @@ def test_resolving_a_result_changes_nothing() -> None:
         ([{"name": "ce"}, {"name": "kdd"}], "kdd.name", "did you mean 'kd'?"),
         ([{"name": "ce"}, {**BLEND, "temperature": 0}], "kd.temperature", "0 is not above 0"),
         ([{"name": "ce"}, BLEND, {**BLEND, "alpha": 2}], "kd_2.alpha", "2 is above 1"),
-        ([{"name": "ce", "weight": -1}], "ce.weight", "expected a number of at least 0, or"),
-        ([{"name": "ce", "weight": {"name": "linear", "start": 0}}], "ce.weight.end", "is missing"),
+        ([{"name": "ce", "weight": -1}, BLEND], "ce.weight", "expected a number of at least 0, or"),
+        ([{"name": "ce", "weight": {"name": "linear", "start": 0}}, BLEND], "ce.weight.end", "is missing"),
         ([{"name": "ce"}, 3], "1", "expected {"),
         ({"name": "kd", "alpha": 0.5, "temperature": 4.0, "weigth": 2}, "weigth", "did you mean 'weight'?"),
     ],
@@ -287,6 +302,21 @@ def test_what_is_wrong_is_said_with_the_label_of_the_loss(value: Any, key: str, 
 def test_every_problem_of_a_list_is_found_at_once() -> None:
     problems = losses.resolve([{"name": "c"}, {**BLEND, "alpha": -1, "temperature": 0}])[1]
     assert [key for key, _ in problems] == ["c.name", "kd.alpha", "kd.temperature"]
+
+
+def test_a_list_of_one_loss_is_that_loss() -> None:
+    assert losses.resolve([BLEND]) == losses.resolve(BLEND)
+
+
+@pytest.mark.parametrize("weight", [0, {"name": "constant", "value": 0}, {"name": "linear", "start": 0, "end": 0}])
+def test_weights_that_stay_0_are_found_whatever_they_are_written_as(weight: Any) -> None:
+    resolved, problems = losses.resolve([{"name": "ce", "weight": weight}, {**BLEND, "weight": 0}])
+    assert problems == []
+    with pytest.raises(InputError, match="every weight is 0"):
+        create_objective(resolved, 5)
+    resolved, _ = losses.resolve([{"name": "ce", "weight": weight}, {"name": "at"}])
+    with pytest.raises(InputError, match="nothing here trains the classifier"):
+        create_objective(resolved, 5)
 
 
 def test_labels_are_names_and_numbered_where_they_are_taken() -> None:

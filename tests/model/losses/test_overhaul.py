@@ -276,7 +276,7 @@ class WithTanh(WithoutNorms):
         (
             None,
             {"student_stages": [1], "teacher_stages": [2]},
-            "student stage 1 and teacher stage 2 differ in height or width",
+            "the maps of student stage 1 are larger than those of teacher stage 2",
         ),
         (None, {"student_stages": [3], "teacher_stages": [2]}, "student 'small' has no stage 3"),
     ],

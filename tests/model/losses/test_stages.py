@@ -47,21 +47,21 @@ def test_stages_are_counted_from_1() -> None:
     assert stages.shapes(1, 1) == ((16, 32, 32), (256, 32, 32))
 
 
-@pytest.mark.parametrize("same_size", [False, True])
-def test_stages_that_are_named_meet_in_the_order_of_the_lists(same_size: bool) -> None:
+@pytest.mark.parametrize("by_size", [False, True])
+def test_stages_that_are_named_meet_in_the_order_of_the_lists(by_size: bool) -> None:
     stages = stages_of(EFFICIENTNET_B0, RESNET152)
-    assert stages.pairs([5, 1], [4, 1], same_size) == [(5, 4), (1, 1)]
+    assert stages.pairs([5, 1], [4, 1], by_size) == [(5, 4), (1, 1)]
 
 
-def test_unnamed_stages_of_nets_with_as_many_meet_one_to_one_unless_sizes_must_agree() -> None:
+def test_unnamed_stages_of_nets_with_as_many_meet_one_to_one_or_by_size() -> None:
     stages = stages_of([(8, 16, 16), (8, 8, 8), (8, 4, 4)], [(4, 32, 32), (4, 16, 16), (4, 8, 8)])
     assert stages.pairs() == [(1, 1), (2, 2), (3, 3)]
-    assert stages.pairs(same_size=True) == [(1, 2), (2, 3)]
+    assert stages.pairs(by_size=True) == [(1, 2), (2, 3)]
 
 
 def test_unnamed_stages_of_nets_with_different_numbers_meet_by_size() -> None:
-    for same_size in (False, True):
-        pairs = stages_of(EFFICIENTNET_B0, RESNET152).pairs(None, None, same_size)
+    for by_size in (False, True):
+        pairs = stages_of(EFFICIENTNET_B0, RESNET152).pairs(None, None, by_size)
         assert pairs == [(1, 1), (2, 2), (3, 3), (5, 4)]
 
 
@@ -104,14 +104,6 @@ def test_a_stage_that_does_not_exist_is_named_with_those_that_do(pair: tuple[int
         stages.shapes(*pair)
     with pytest.raises(InputError, match=re.escape(HEAD + problem + TAIL)):
         stages.pairs([pair[0]], [pair[1]])
-
-
-def test_named_stages_of_different_sizes_are_refused_where_sizes_must_agree() -> None:
-    stages = stages_of([(8, 4, 4), (8, 2, 2)], [(6, 9, 9)])
-    problem = "student stage 2 and teacher stage 1 differ in height or width"
-    with pytest.raises(InputError, match=re.escape(HEAD + problem + TAIL)):
-        stages.pairs([2], [1], same_size=True)
-    assert stages.pairs([2], [1]) == [(2, 1)]
 
 
 def test_nets_without_a_common_size_are_refused() -> None:

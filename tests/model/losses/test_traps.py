@@ -1,7 +1,10 @@
 """Mistakes that other frameworks have made with losses: a broken twin of what we have, and the claim that it breaks.
 
 The numbers are those of the list of traps in the notes on methods. Where a line of the engine is what matters, the twin
-is the engine's own source with that line changed.
+is the engine's own source with that line changed. Four traps have no twin here, as no loss and no loop falls into them:
+14, own recordings as oracles (kd_golden.json is of other programs); 18, hyper-parameters that are in no file
+(tests/test_recipes.py); 19, meters that lie (the learning rate in full in test_train.py, speeds in run.json only); 22,
+a table that fails where no metrics are (tests/report/test_collect.py).
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from contract import (
     check_its_batch_factor_is_as_it_says,
     check_its_state_dict_is_all_there_is_to_it,
     check_loss_and_gradient_are_finite_at_the_extremes,
+    check_no_option_changes_the_formula_at_its_bound,
     check_nothing_reaches_the_teacher,
     check_student_and_loss_were_in_train_mode_at_every_step,
     check_student_equal_to_teacher_is_the_minimum_if_it_says_so,
@@ -442,12 +446,24 @@ class KDWithAFlag(KDLoss):
         super().__init__(alpha=alpha, temperature=temperature, temperature_squared=alpha < 1)
 
 
+class LosesItsFactorAtTheEnd(KL):
+    def __init__(self, *, alpha: Annotated[float, Field(ge=0, le=1)] = 0.5) -> None:
+        super().__init__()
+        self.alpha = alpha
+
+    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Terms:
+        factor = 16 if self.alpha < 1 else 1
+        return {"kl": self.alpha * factor * super().forward(student, teacher, batch)["kl"]}
+
+
 def test_trap_12_conventions_that_change_with_a_weight() -> None:
     with rejected():
         hold(KL, lambda case: check_it_is_linear_in_its_weight_down_to_0(case, AnotherConventionAtTheEnd))
     check_kd_is_linear_in_alpha(KDLoss)
     with rejected():
         check_kd_is_linear_in_alpha(KDWithAFlag)
+    with rejected():  # without knowing that it is a kind of KD
+        check_no_option_changes_the_formula_at_its_bound(LosesItsFactorAtTheEnd)
 
 
 class IdleOption(KL):
@@ -458,6 +474,11 @@ class IdleOption(KL):
     """
 
     def __init__(self, *, sharpness: float = 1.0) -> None:
+        super().__init__()
+
+
+class IdleText(KL):
+    def __init__(self, *, mode: str = "x") -> None:
         super().__init__()
 
 
@@ -502,7 +523,7 @@ class Inverted(DKDLoss):
 
 
 def test_trap_15_options_that_are_idle_or_mean_the_opposite() -> None:
-    for idle in (IdleOption, IdleChoice):
+    for idle in (IdleOption, IdleText, IdleChoice):
         with rejected():
             check_every_option_changes_the_loss(idle)
     check_every_option_changes_the_loss(CountsBesideAnother)
@@ -540,7 +561,7 @@ class ComputesAll(Objective):
 def test_trap_20_a_term_that_is_computed_although_its_weight_is_0(monkeypatch: pytest.MonkeyPatch) -> None:
     with rejected():
         hold(KL, lambda case: check_with_weight_0_it_is_not_computed(case, ComputesAll))
-    monkeypatch.setattr(objective, "is_zero", lambda weight, loss: False)
+    monkeypatch.setattr(objective, "ever_counts", lambda weight, num_epochs: True)
     with rejected():
         hold(KL, lambda case: check_it_is_linear_in_its_weight_down_to_0(case, ComputesAll))
 

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 
+from model.errors import InputError
 from model.losses.weights import WEIGHTS, create_weight, describe_weight, resolve_weight
 
 
 def values_of(weight: Any, num_epochs: int, usual: float = 7.0) -> list[float]:
-    resolved, problems = resolve_weight(weight)
+    resolved, problems = resolve_weight(weight, usual)
     assert problems == []
-    curve = create_weight(resolved, usual, num_epochs)
+    assert resolved is not None
+    curve = create_weight(resolved, num_epochs)
     return [curve(epoch) for epoch in range(num_epochs)]
 
 
@@ -76,17 +78,22 @@ def test_what_is_wrong_with_a_weight_is_said(weight: dict[str, Any], key: str, t
 
 
 def test_a_resolved_weight_is_complete_and_stays_as_it_is() -> None:
-    resolved, _ = resolve_weight({"name": "constant", "warmup_epochs": 3})
-    assert resolved == {"name": "constant", "value": None, "warmup_epochs": 3}
+    resolved, _ = resolve_weight({"name": "constant", "warmup_epochs": 3}, 7.0)
+    assert resolved == {"name": "constant", "value": 7.0, "warmup_epochs": 3}
     assert resolve_weight(resolved) == (resolved, [])
 
 
+def test_a_warm_up_that_is_longer_than_the_run_is_refused() -> None:
+    with pytest.raises(InputError, match="warmup_epochs: 20 is above num_epochs, 10"):
+        values_of({"name": "constant", "warmup_epochs": 20}, 10)
+
+
 def test_a_description_says_what_the_weight_does() -> None:
-    assert describe_weight(0.5, 1.0) == "0.5"
-    assert describe_weight(None, 100.0) == "100"
-    assert describe_weight({"name": "linear", "start": 0, "end": 2.0, "epochs": None}, 1.0) == (
-        "(linear: start 0, end 2.0)"
-    )
+    assert describe_weight(0.5) == "0.5"
+    linear, _ = resolve_weight({"name": "linear", "start": 0.5, "end": 2.0})
+    constant, _ = resolve_weight({"name": "constant", "warmup_epochs": 3}, 7.0)
+    assert describe_weight(linear) == "(linear: start 0.5, end 2.0)"
+    assert describe_weight(constant) == "(constant: value 7.0, warmup_epochs 3)"
 
 
 def test_the_names_are_those_of_the_documentation() -> None:
