@@ -1,12 +1,13 @@
 """Does each method train? Real images, several seeds, beside the same runs without it; and what a step of it costs.
 
-    python benchmarks/methods.py --data_dir /path/to/cifar10-images --jobs 2
+    python benchmarks/methods.py --jobs 2
     python benchmarks/methods.py --costs
 
-The first trains a CNN on all training images, then for every method a CNN of half its width on a tenth of them, once
-per seed, with search_hyperparams.py, and scores the last epoch on the test split. Run again, it goes on where it
-stopped. The second takes steps of ResNet-56 to ResNet-20, each method in turns with plain KD in one process, and once
-alone for its memory. Both write benchmarks/results/methods.md, each its own part.
+The first trains a CNN on the digits of scikit-learn, then for every method a CNN of half its width on a few of them,
+once per seed, with search_hyperparams.py; what counts is the last epoch's accuracy on the validation images, on which
+nothing is selected. With `--data_dir` it takes CIFAR-10 instead (a folder of images, or what torchvision downloads).
+Run again, it goes on where it stopped. The second takes steps of ResNet-56 to ResNet-20, each method in turns with
+plain KD in one process, and once alone for its memory. Both write benchmarks/results/methods.md, each its own part.
 """
 
 from __future__ import annotations

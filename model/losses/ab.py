@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from model.losses import LOSSES
 from model.losses.adapters import fitting
-from model.losses.base import Loss
-from model.losses.stages import Pairs, StageList, Stages, check_lengths, describe_pairs, paired
+from model.losses.stages import StagedLoss, StageList, Stages, describe_pairs, paired
 from model.outputs import Batch, Outputs, Probe
 
 SCALE = 3 / 1000  # of the reference
@@ -37,7 +36,7 @@ def ab_loss(student_maps: Tensor, teacher_maps: Tensor, margin: float = 1.0) -> 
 
 
 @LOSSES.register("ab")
-class ABLoss(Loss):
+class ABLoss(StagedLoss):
     """Squared distance to the teacher's side of the ReLU, in a stage of its own before the other losses count.
 
     Each of the student's maps before the ReLU passes a convolution with batch norm, unless it has the teacher's shape
@@ -72,13 +71,9 @@ class ABLoss(Loss):
         student_stages: StageList | None = None,
         teacher_stages: StageList | None = None,
     ) -> None:
-        super().__init__()
-        check_lengths(student_stages, teacher_stages)
+        super().__init__(student_stages, teacher_stages)
         self.margin = margin
         self.initial_epochs = initial_epochs
-        self.student_stages = student_stages
-        self.teacher_stages = teacher_stages
-        self.pairs: Pairs = []
         self.connectors = nn.ModuleList()
         self.epoch = 0
 

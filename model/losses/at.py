@@ -10,8 +10,7 @@ from torch import Tensor
 
 from model.losses import LOSSES
 from model.losses.adapters import match_sizes, unit
-from model.losses.base import Loss
-from model.losses.stages import Pairs, StageList, Stages, check_lengths, describe_pairs, paired
+from model.losses.stages import StagedLoss, StageList, Stages, describe_pairs, paired
 from model.outputs import Batch, Outputs, Probe
 
 
@@ -42,7 +41,7 @@ def at_loss(student_maps: Tensor, teacher_maps: Tensor, p: float = 2.0) -> Tenso
 
 
 @LOSSES.register("at")
-class ATLoss(Loss):
+class ATLoss(StagedLoss):
     """Squared difference of attention maps, `mean_c |f|^p` of length 1, mean over samples and positions, all stages.
 
     Source: Zagoruyko and Komodakis, "Paying More Attention to Attention", 2017, section 3.1, as in RepDistiller.
@@ -67,12 +66,8 @@ class ATLoss(Loss):
         student_stages: StageList | None = None,
         teacher_stages: StageList | None = None,
     ) -> None:
-        super().__init__()
-        check_lengths(student_stages, teacher_stages)
+        super().__init__(student_stages, teacher_stages)
         self.p = p
-        self.student_stages = student_stages
-        self.teacher_stages = teacher_stages
-        self.pairs: Pairs = []
 
     def attach(self, student: Probe, teacher: Probe | None) -> None:
         assert teacher is not None

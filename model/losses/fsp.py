@@ -12,8 +12,7 @@ from torch import Tensor
 
 from model.losses import LOSSES
 from model.losses.adapters import match_sizes
-from model.losses.base import Loss
-from model.losses.stages import Pairs, StageList, Stages, check_lengths, describe_pairs, paired
+from model.losses.stages import StagedLoss, StageList, Stages, describe_pairs, paired
 from model.outputs import Batch, Outputs, Probe
 
 
@@ -48,7 +47,7 @@ def fsp_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> 
 
 
 @LOSSES.register("fsp")
-class FSPLoss(Loss):
+class FSPLoss(StagedLoss):
     """Squared difference of the flows between neighbouring stages, in a stage of its own before the others count.
 
     A flow is the matrix of products of channels of two stages, mean over the positions. In the first `initial_epochs`
@@ -78,12 +77,8 @@ class FSPLoss(Loss):
         student_stages: StageList | None = None,
         teacher_stages: StageList | None = None,
     ) -> None:
-        super().__init__()
-        check_lengths(student_stages, teacher_stages)
+        super().__init__(student_stages, teacher_stages)
         self.initial_epochs = initial_epochs
-        self.student_stages = student_stages
-        self.teacher_stages = teacher_stages
-        self.pairs: Pairs = []
         self.epoch = 0
 
     def attach(self, student: Probe, teacher: Probe | None) -> None:

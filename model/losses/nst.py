@@ -7,8 +7,7 @@ from torch import Tensor
 
 from model.losses import LOSSES
 from model.losses.adapters import match_sizes, unit
-from model.losses.base import Loss
-from model.losses.stages import Pairs, StageList, Stages, check_lengths, describe_pairs, paired
+from model.losses.stages import StagedLoss, StageList, Stages, describe_pairs, paired
 from model.outputs import Batch, Outputs, Probe
 
 
@@ -47,7 +46,7 @@ def nst_loss(student_maps: Tensor, teacher_maps: Tensor) -> Tensor:
 
 
 @LOSSES.register("nst")
-class NSTLoss(Loss):
+class NSTLoss(StagedLoss):
     """Squared maximum mean discrepancy of the two nets' channels with the kernel `(x . y)^2`, sum over the stages.
 
     A channel's map counts as a vector of length 1.
@@ -67,11 +66,7 @@ class NSTLoss(Loss):
     trains_classifier = False
 
     def __init__(self, *, student_stages: StageList | None = None, teacher_stages: StageList | None = None) -> None:
-        super().__init__()
-        check_lengths(student_stages, teacher_stages)
-        self.student_stages = student_stages
-        self.teacher_stages = teacher_stages
-        self.pairs: Pairs = []
+        super().__init__(student_stages, teacher_stages)
 
     def attach(self, student: Probe, teacher: Probe | None) -> None:
         assert teacher is not None

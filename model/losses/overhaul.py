@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 from model.losses import LOSSES
 from model.losses.adapters import pooled
-from model.losses.base import Loss
-from model.losses.stages import Pairs, StageList, Stages, check_lengths, describe_pairs, paired
+from model.losses.stages import StagedLoss, StageList, Stages, describe_pairs, paired
 from model.outputs import Batch, Outputs, Probe
 
 
@@ -75,7 +74,7 @@ class Connector(nn.Module):
 
 
 @LOSSES.register("overhaul")
-class OverhaulLoss(Loss):
+class OverhaulLoss(StagedLoss):
     """Partial L2 distance of maps before the ReLU, a map of each size.
 
     The distances are sums over a map, the deepest with weight 1, each one before it with half of the next one's.
@@ -108,12 +107,8 @@ class OverhaulLoss(Loss):
         student_stages: StageList | None = None,
         teacher_stages: StageList | None = None,
     ) -> None:
-        super().__init__()
-        check_lengths(student_stages, teacher_stages)
+        super().__init__(student_stages, teacher_stages)
         self.teacher_statistics = teacher_statistics
-        self.student_stages = student_stages
-        self.teacher_stages = teacher_stages
-        self.pairs: Pairs = []
         self.connectors = nn.ModuleList()
 
     def attach(self, student: Probe, teacher: Probe | None) -> None:

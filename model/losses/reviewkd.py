@@ -11,8 +11,7 @@ from torch.nn import functional as F
 
 from model.losses import LOSSES
 from model.losses.adapters import embedding_widths, pooled
-from model.losses.base import Loss
-from model.losses.stages import Pairs, StageList, Stages, check_lengths, describe_pairs, paired
+from model.losses.stages import StagedLoss, StageList, Stages, describe_pairs, paired
 from model.outputs import Batch, Outputs, Probe
 
 
@@ -83,7 +82,7 @@ def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 @LOSSES.register("reviewkd")
-class ReviewKDLoss(Loss):
+class ReviewKDLoss(StagedLoss):
     """Squared differences, at several scales, of the student's fused maps and the teacher's before the ReLU.
 
     From the deepest level on, the embedding as a map of 1x1, each level of the student is fused with what is left of
@@ -113,12 +112,8 @@ class ReviewKDLoss(Loss):
         student_stages: StageList | None = None,
         teacher_stages: StageList | None = None,
     ) -> None:
-        super().__init__()
-        check_lengths(student_stages, teacher_stages)
+        super().__init__(student_stages, teacher_stages)
         self.max_channels = max_channels
-        self.student_stages = student_stages
-        self.teacher_stages = teacher_stages
-        self.pairs: Pairs = []
         self.channels = max_channels
         self.fusions = nn.ModuleList()  # from the deepest level to the first
 

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from model.errors import InputError
+from model.losses.base import Loss
 from model.outputs import Probe
 
 Shape = tuple[int, int, int]  # channels, height, width
@@ -16,15 +17,28 @@ Pairs = list[tuple[int, int]]  # a stage of the student and the teacher's that i
 StageList = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
 
 
-def check_lengths(student_stages: Sequence[int] | None, teacher_stages: Sequence[int] | None) -> None:
-    """Refuses lists of stages that cannot be paired one by one; to be called before there are nets.
+class StagedLoss(Loss):
+    """A loss that compares stages, of which a subclass has the options.
+
+    Attributes:
+        pairs: Which stages meet; `attach` makes it of what `Stages.pairs` returns.
+
+    Args:
+        student_stages: The student's, counted from 1; None: those that `Stages.pairs` finds.
+        teacher_stages: The teacher's that they meet, one by one.
 
     Raises:
         InputError: They are of different lengths, or only one of them is given.
     """
-    if len(student_stages or []) != len(teacher_stages or []):
-        lists = f"student_stages {student_stages or 'null'} and teacher_stages {teacher_stages or 'null'}"
-        raise InputError(f"{lists} are not of one length; name as many stages of both, or of none")
+
+    def __init__(self, student_stages: list[int] | None, teacher_stages: list[int] | None) -> None:
+        super().__init__()
+        if len(student_stages or []) != len(teacher_stages or []):
+            lists = f"student_stages {student_stages or 'null'} and teacher_stages {teacher_stages or 'null'}"
+            raise InputError(f"{lists} are not of one length; name as many stages of both, or of none")
+        self.student_stages = student_stages
+        self.teacher_stages = teacher_stages
+        self.pairs: Pairs = []
 
 
 def paired(
@@ -101,7 +115,7 @@ class Stages:
         Of nets with different numbers of stages it is the last stage of every map size that both have.
 
         Args:
-            student_stages, teacher_stages: As many of each (see `check_lengths`), or None of both.
+            student_stages, teacher_stages: As many of each, or None of both.
             by_size: Where no stages are named, take the last one of every size that both have in any case.
 
         Raises:

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from model.losses import LOSSES
 from model.losses.adapters import match_sizes
-from model.losses.base import Loss
-from model.losses.stages import Pairs, StageList, Stages, check_lengths, describe_pairs, paired
+from model.losses.stages import StagedLoss, StageList, Stages, describe_pairs, paired
 from model.outputs import Batch, Outputs, Probe
 
 EPS = 1e-5  # the least variance
@@ -60,7 +59,7 @@ class Predictor(nn.Module):
 
 
 @LOSSES.register("vid")
-class VIDLoss(Loss):
+class VIDLoss(StagedLoss):
     """Negative log-likelihood of the teacher's maps, predicted from the student's, with a learnt variance per channel.
 
     It is `[(mean - teacher)^2 / v + log v] / 2`, mean over the batch and the maps, sum over the stages; the mean comes
@@ -89,12 +88,8 @@ class VIDLoss(Loss):
         student_stages: StageList | None = None,
         teacher_stages: StageList | None = None,
     ) -> None:
-        super().__init__()
-        check_lengths(student_stages, teacher_stages)
+        super().__init__(student_stages, teacher_stages)
         self.initial_variance = initial_variance
-        self.student_stages = student_stages
-        self.teacher_stages = teacher_stages
-        self.pairs: Pairs = []
         self.predictors = nn.ModuleList()
 
     def attach(self, student: Probe, teacher: Probe | None) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from model.errors import InputError
-from model.losses.stages import Shape, Stages, check_lengths, describe_pairs, paired
+from model.losses.stages import Shape, StagedLoss, Stages, describe_pairs, paired
 from model.outputs import Outputs, Probe
 
 RESNET152: list[Shape] = [(256, 32, 32), (512, 16, 16), (1024, 8, 8), (2048, 4, 4)]
@@ -85,9 +85,9 @@ def test_lists_of_different_lengths_are_refused(
 ) -> None:
     text = f"{lists} are not of one length; name as many stages of both, or of none"
     with pytest.raises(InputError, match=f"^{re.escape(text)}$"):
-        check_lengths(student_stages, teacher_stages)
-    check_lengths(None, None)
-    check_lengths([1, 2], [3, 1])
+        StagedLoss(student_stages, teacher_stages)
+    StagedLoss(None, None)
+    StagedLoss([1, 2], [3, 1])
 
 
 HEAD = "loss 'regress' reads the stages' preacts: "
