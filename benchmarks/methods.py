@@ -59,6 +59,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--costs", action="store_true", help="time and memory of a step, instead")
     parser.add_argument("--rounds", type=int, default=3, help="of --costs (default 3)")
     parser.add_argument("--step", metavar="METHOD", help=argparse.SUPPRESS)
+    parser.add_argument("--limit", choices=["nst", "rkd", "crd"], help=argparse.SUPPRESS)
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -329,6 +330,39 @@ def measure(args: argparse.Namespace) -> None:
     print(json.dumps(seconds))
 
 
+def measure_limit(name: str) -> None:
+    """Prints, as JSON, what the largest inputs of a method take: bytes above those before, and seconds."""
+    import torch
+
+    torch.set_num_threads(1)
+    begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if name == "nst":
+        from model.losses.nst import nst_loss
+
+        own, other = torch.randn(256, 64, 32, 32, requires_grad=True), torch.randn(256, 64, 32, 32)
+        nst_loss(own, other).backward()
+    elif name == "rkd":
+        from model.losses.rkd import rkd_angle_loss, rkd_distance_loss
+
+        own, other = torch.randn(256, 640, requires_grad=True), torch.randn(256, 640)
+        (rkd_distance_loss(own, other) + rkd_angle_loss(own, other)).backward()
+    else:
+        learner, samples = learner_of(objectives(8)["crd"]), torch.arange(BATCH)
+        learner(epoch=20)
+        begun = time.perf_counter()
+        for _ in range(3):
+            learner(epoch=20)
+        step = (time.perf_counter() - begun) / (3 * STEPS)
+        [crd] = [part for label, part in learner.args[0].loss.parts() if label == "crd"]
+        begun = time.perf_counter()
+        for _ in range(10):
+            crd.negatives_of(samples % CLASSES, samples)
+        print(json.dumps({"share": (time.perf_counter() - begun) / 10 / step}))
+        return
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"bytes": (after - before) * 1024, "seconds": time.perf_counter() - begun}))
+
+
 def child(*arguments: object) -> dict[str, Any]:
     command = [sys.executable, __file__, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
@@ -348,6 +382,12 @@ def costs_part(args: argparse.Namespace) -> str:
         used = [f"{memory / 1e9:.2f}", f"{memory / kd_bytes:.2f}"]
         rows.append([f"`{name}`", f"{statistics.median(kd):.2f}", *shown[:2], *used])
         print(rows[-1], flush=True)
+    nst, rkd, crd = (child("--limit", name) for name in ("nst", "rkd", "crd"))
+    limits = (
+        f"Forward and backward alone, inputs included: NST of 256 maps of 64x32x32 takes {nst['bytes'] / 1e9:.2f} GB and"
+        f" {nst['seconds']:.1f} s,\nRKD of 256 embeddings of 640 numbers {rkd['bytes'] / 1e9:.2f} GB and"
+        f" {rkd['seconds']:.1f} s. Of a step with CRD, drawing 16,384\nnegatives for each sample takes {crd['share']:.1%}."
+    )
     headers = ["method", "KD's own step, s", "step / KD's", "initial stage / KD's", "peak memory, GB", "/ KD's"]
     return f"""## What does it cost?
 
@@ -357,6 +397,8 @@ A training step of batch {BATCH}, ResNet-56 (teacher, fp32, not folded) to ResNe
 process of its own.
 
 {tabulate(rows, headers, tablefmt="github")}
+
+{limits}
 
 Command: `python benchmarks/methods.py --costs`.
 {stamp("cpu", "precision fp32", "1 thread")}.
@@ -376,7 +418,9 @@ def write_part(text: str) -> None:
 
 def main() -> None:
     args = parse_args()
-    if args.step:
+    if args.limit:
+        measure_limit(args.limit)
+    elif args.step:
         measure(args)
     else:
         write_part(costs_part(args) if args.costs else accuracy_part(args))
