@@ -383,11 +383,12 @@ def costs_part(args: argparse.Namespace) -> str:
         rows.append([f"`{name}`", f"{statistics.median(kd):.2f}", *shown[:2], *used])
         print(rows[-1], flush=True)
     nst, rkd, crd = (child("--limit", name) for name in ("nst", "rkd", "crd"))
-    limits = (
-        f"Forward and backward alone, inputs included: NST of 256 maps of 64x32x32 takes {nst['bytes'] / 1e9:.2f} GB and"
-        f" {nst['seconds']:.1f} s,\nRKD of 256 embeddings of 640 numbers {rkd['bytes'] / 1e9:.2f} GB and"
-        f" {rkd['seconds']:.1f} s. Of a step with CRD, drawing 16,384\nnegatives for each sample takes {crd['share']:.1%}."
-    )
+    limits = [
+        "Forward and backward alone, inputs included:",
+        f"NST of 256 maps of 64x32x32 takes {nst['bytes'] / 1e9:.2f} GB and {nst['seconds']:.1f} s;",
+        f"RKD of 256 embeddings of 640 numbers {rkd['bytes'] / 1e9:.2f} GB and {rkd['seconds']:.1f} s.",
+        f"Of a step with CRD, drawing 16,384 negatives for each sample takes {crd['share']:.1%}.",
+    ]
     headers = ["method", "KD's own step, s", "step / KD's", "initial stage / KD's", "peak memory, GB", "/ KD's"]
     return f"""## What does it cost?
 
@@ -398,7 +399,7 @@ process of its own.
 
 {tabulate(rows, headers, tablefmt="github")}
 
-{limits}
+{chr(10).join(limits)}
 
 Command: `python benchmarks/methods.py --costs`.
 {stamp("cpu", "precision fp32", "1 thread")}.
