@@ -4,7 +4,7 @@ A net is named as in params.json, its options after commas; or it is the student
 checkpoint is needed and no image computed. MB are 10^6 bytes; MACs are the multiply-accumulates of one image,
 activations the numbers that convolution, batch norm and linear layers put out for it. The percentages are of the first
 net. The student of a directory is measured for the images and classes of its dataset, where those are known from
-params.json alone.
+params.json alone, and without what simkd gives it, which depends on its teacher: evaluate.py counts that.
 """
 
 from __future__ import annotations
@@ -75,6 +75,14 @@ def images_of(text: str) -> tuple[int, int]:
     return (given if isinstance(given, int) and given > 0 else image_size), num_classes
 
 
+def unmeasured(text: str) -> str:
+    """Returns what of an argument's net is not measured, for its row."""
+    path = Path(text, "params.json")
+    losses = _read_params(path).get("loss") if path.is_file() else None
+    named = [loss.get("name") for loss in (losses if isinstance(losses, list) else [losses]) if isinstance(loss, dict)]
+    return " (without simkd's projector)" if "simkd" in named else ""
+
+
 def _read_params(path: Path) -> dict[str, Any]:
     try:
         params = json.loads(path.read_text(encoding="utf-8"))
@@ -82,7 +90,7 @@ def _read_params(path: Path) -> dict[str, Any]:
             params, _, problems = legacy.translate(params)
             if problems:
                 raise ValueError("; ".join(f"{key}: {problem}" for key, problem in problems))
-        return {"dataset": params.get("dataset"), "student": params["student"]}
+        return {"dataset": params.get("dataset"), "student": params["student"], "loss": params.get("loss")}
     except (KeyError, TypeError, AttributeError):
         raise InputError(f'{path}: has no "student": {{"name": ...}}; add it, or name the net itself') from None
     except (OSError, ValueError, RecursionError) as error:
@@ -158,7 +166,8 @@ def table(nets: Sequence[str], image_size: int | None = None, num_classes: int |
     sizes = [measure(text, *images) for text, images in zip(nets, shown, strict=True)]
     rows = []
     for text, images, (parameters, size, macs, activations) in zip(nets, shown, sizes, strict=True):
-        label = text.replace("|", "\\|") + ("" if len(set(shown)) == 1 else f" ({images[0]} px, {images[1]} classes)")
+        label = text.replace("|", "\\|") + unmeasured(text)
+        label += "" if len(set(shown)) == 1 else f" ({images[0]} px, {images[1]} classes)"
         counts = f"{parameters:,}", f"{size / 1e6:.2f}", f"{macs / 1e6:,.2f}", f"{activations:,}"
         relative = (100 * parameters / sizes[0][0], 100 * macs / sizes[0][2])
         rows.append([label, *counts, f"{parameters + activations:,}", *(f"{x:.2f}" for x in relative)])

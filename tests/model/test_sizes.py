@@ -218,3 +218,10 @@ def test_sizes_that_are_asked_for_hold_for_directories_too() -> None:
     (student,) = rows([S001], image_size=32, num_classes=10)
     (net,) = rows(["mobilenets_m"], image_size=32, num_classes=10)
     assert student | {"net": ""} == net | {"net": ""}
+
+
+def test_a_row_says_that_a_projector_is_not_measured() -> None:
+    pair = "experiments/cifar100/resnet56_to_resnet20"
+    shown = sizes.table([str(ROOT / pair / "simkd"), str(ROOT / pair / "kd")])
+    assert f"/{pair}/simkd (without simkd's projector)" in shown
+    assert f"/{pair}/kd " in shown
