@@ -60,7 +60,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="of --costs (default 3)")
     parser.add_argument("--step", metavar="METHOD", help=argparse.SUPPRESS)
     parser.add_argument("--limit", choices=["nst", "rkd", "crd"], help=argparse.SUPPRESS)
-    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -234,7 +233,8 @@ Command: `python benchmarks/methods.py{" --data_dir <folder>" if args.data_dir e
 
 # --- costs ------------------------------------------------------------------------------------------------------
 
-BATCH, CLASSES, IMAGES, STEPS = 64, 100, 50_000, 2
+BATCH, CLASSES, STEPS = 64, 100, 1
+IMAGES = {"crd": 50_000, "crd_kd": 50_000}  # whose memories grow with them; 5,000 for the others
 
 
 class FirstSteps:
@@ -264,7 +264,8 @@ def learner_of(losses: list[dict[str, Any]]) -> Any:
     from teaching import complete
 
     torch.manual_seed(0)
-    options = {"num_classes": CLASSES, "train_size": IMAGES, "image_size": 32, "batch_size": BATCH}
+    images = max(IMAGES.get(loss["name"], 5_000) for loss in losses)
+    options = {"num_classes": CLASSES, "train_size": images, "image_size": 32, "batch_size": BATCH}
     if losses[0]["name"] == "mlkd":
         options["second_augmentation"] = ["crop", "horizontal_flip", "rand_augment"]
     splits = data_of(json.dumps(options))
@@ -305,7 +306,7 @@ def data_of(options: str) -> Any:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Prints, as JSON, seconds per step of a method and of KD in turns, or the peak memory of the method alone."""
+    """Prints, as JSON, the peak memory of a method alone, then seconds per step of it and of KD in turns."""
     import torch
 
     torch.set_num_threads(1)
@@ -313,11 +314,9 @@ def measure(args: argparse.Namespace) -> None:
     own = learner_of(found[args.step])
     # Its main stage, and its initial one if it has such.
     epochs = [20, 0] if any("initial_epochs" in loss for loss in found[args.step]) else [20]
-    if args.alone:
-        for epoch in epochs:
-            own(epoch=epoch)
-        print(json.dumps({"bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
-        return
+    for epoch in epochs:
+        own(epoch=epoch)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     kd = learner_of(found["kd"])
     ways = {"kd": functools.partial(kd, epoch=20)} | {f"epoch {e}": functools.partial(own, epoch=e) for e in epochs}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
@@ -327,7 +326,7 @@ def measure(args: argparse.Namespace) -> None:
             run()
             if round_:
                 seconds[way].append((time.perf_counter() - begun) / STEPS)
-    print(json.dumps(seconds))
+    print(json.dumps({"bytes": peak, "seconds": seconds}))
 
 
 def measure_limit(name: str) -> None:
@@ -371,11 +370,11 @@ def child(*arguments: object) -> dict[str, Any]:
 
 def costs_part(args: argparse.Namespace) -> str:
     names = [name for name in objectives(8) if name in (args.methods or [name])]
-    kd_bytes = child("--step", "kd", "--alone")["bytes"]
+    kd_bytes = child("--step", "kd", "--rounds", 1)["bytes"]
     rows = []
     for name in names:
-        found = child("--step", name, "--rounds", args.rounds)
-        memory = child("--step", name, "--alone")["bytes"]
+        measured = child("--step", name, "--rounds", args.rounds)
+        memory, found = measured["bytes"], measured["seconds"]
         kd = found.pop("kd")
         ratios = [[own / plain for own, plain in zip(times, kd, strict=True)] for times in found.values()]
         shown = [spread(each) for each in ratios] + [""]
@@ -393,9 +392,9 @@ def costs_part(args: argparse.Namespace) -> str:
     return f"""## What does it cost?
 
 A training step of batch {BATCH}, ResNet-56 (teacher, fp32, not folded) to ResNet-20, 32x32 images, {CLASSES} classes,
-{IMAGES:,} training images in memory; one thread. Method and plain KD take turns in one process, {args.rounds} rounds of
-{STEPS} steps after one to warm up: median (smallest to largest) of the ratios of the rounds. Memory is the peak of a
-process of its own.
+5,000 training images in memory (50,000 for CRD, whose memories have a row for each that is trained on); one thread.
+Method and plain KD take turns in one process, {args.rounds} rounds after one to warm up: median (smallest to largest)
+of the ratios of the rounds. Memory is the peak of the process before KD joins in.
 
 {tabulate(rows, headers, tablefmt="github")}
 
