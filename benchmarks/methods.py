@@ -408,7 +408,8 @@ def costs_part(args: argparse.Namespace) -> str:
 A training step of batch {BATCH}, ResNet-56 (teacher, fp32, not folded) to ResNet-20, 32x32 images, {CLASSES} classes,
 5,000 training images in memory (50,000 for CRD, whose memories have a row for each that is trained on); one thread.
 Method and plain KD take turns in one process, {args.rounds} rounds after one to warm up: median (smallest to largest)
-of the ratios of the rounds. Memory is the peak of the process before KD joins in.
+of the ratios of the rounds. Memory is the peak of the process before KD joins in;
+nearly all of CRD's goes into making ten times as many images.
 
 {tabulate(rows, headers, tablefmt="github")}
 
