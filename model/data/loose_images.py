@@ -10,11 +10,10 @@ from pydantic import Field
 
 from model.data import DATASETS
 from model.data.decode import decode_all
+from model.data.image_folder import LIMIT
 from model.data.images import IMAGENET_MEAN, IMAGENET_STD, PHOTOGRAPHS, Images, Split
 from model.data.listing import list_loose_files
 from model.errors import InputError
-
-LIMIT = 16 * 10**9  # bytes of decoded images held in memory
 
 
 @DATASETS.register("loose_images")

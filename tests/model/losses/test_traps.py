@@ -1,10 +1,9 @@
 """Mistakes that other frameworks have made with losses: a broken twin of what we have, and the claim that it breaks.
 
 The numbers are those of the list of traps in the notes on methods. Where a line of the engine is what matters, the twin
-is the engine's own source with that line changed. Four traps have no twin here, as no loss and no loop falls into them:
-14, own recordings as oracles (kd_golden.json is of other programs); 18, hyper-parameters that are in no file
-(tests/test_recipes.py); 19, meters that lie (the learning rate in full in test_train.py, speeds in run.json only); 22,
-a table that fails where no metrics are (tests/report/test_collect.py).
+is the engine's own source with that line changed. Three traps have no twin here, as no loss and no loop falls into
+them: 18, hyper-parameters that are in no file (tests/test_recipes.py); 19, meters that lie (learning rates in full in
+tests/test_train.py, speeds in run.json only); 22, a table that fails where no metrics are (tests/report).
 """
 
 from __future__ import annotations
@@ -543,6 +542,21 @@ class MisspeltInOnePath(KL):
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Terms:
         weights = self.probs if self.sampling == "given" else self.prob  # type: ignore[attr-defined]
         return {"kl": super().forward(student, teacher, batch)["kl"] * weights.multinomial(1).sum()}
+
+
+def test_trap_14_recordings_of_its_own_as_an_oracle() -> None:
+    """A value recorded from a loss agrees with it for ever, however wrong it is; that of another program does not."""
+
+    def value(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
+        batch = Batch(torch.zeros(8, 3, 1, 1), golden_labels(), torch.arange(8), torch.zeros(8, dtype=torch.int64))
+        return lambda student, teacher: loss(Outputs(student), Outputs(teacher), batch)["dkd"]
+
+    broken, right = (value(make(alpha=1.0, beta=8.0, temperature=4.0)) for make in (Summed, DKDLoss))
+    recording = broken(*golden_logits()).item()
+    assert broken(*golden_logits()).item() == recording, "so this oracle would protect the mistake"
+    check_golden_logits("DKD_a1_b8_T4", right)
+    with rejected():
+        check_golden_logits("DKD_a1_b8_T4", broken)
 
 
 def test_trap_16_a_way_of_sampling_that_nobody_has_run() -> None:
