@@ -22,6 +22,13 @@ from helpers import TINY, Ended, Make, Script, merged
 from process import run_main
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests get half an hour each: a busy machine must not fail them, and what hangs must still end."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(1800))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def signals_as_in_a_terminal() -> None:
     """Under nohup or in a script's background some signals are ignored, which a run and its children would respect."""

@@ -61,6 +61,8 @@ signals: list[float] = []
 signal.signal(signal.SIGTERM, signal.SIG_IGN if stub.get("do") == "stubborn" else on_sigterm)
 write_run("running")
 (model_dir / "pid").write_text(str(os.getpid()))
+while "after" in stub and not (model_dir.parent / stub["after"] / "pid").exists():
+    time.sleep(0.01)
 match stub.get("do", "ok"):
     case "fail":
         print("some line\nthe teacher has 100 classes\x1b[31m but the student has 10\n\n", flush=True)
