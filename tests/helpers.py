@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
 import subprocess
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -63,3 +68,21 @@ def read_journal(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+
+@contextlib.contextmanager
+def rejected(error: type[Exception] = AssertionError) -> Iterator[None]:
+    """A claim does not hold for what is broken."""
+    with pytest.raises(error):
+        yield
+
+
+def changed(thing: Any, *changes: tuple[str, str]) -> Any:
+    """Returns a function or class of ours made from its source with some text replaced."""
+    source = textwrap.dedent(inspect.getsource(thing))
+    for old, new in changes:
+        assert source.count(old) == 1, f"{old!r} is not in {thing.__qualname__}: what the trap is about has moved"
+        source = source.replace(old, new)
+    namespace = dict(vars(inspect.getmodule(thing)))
+    exec(compile(source, f"<{thing.__qualname__}, broken>", "exec"), namespace)
+    return namespace[thing.__name__]

@@ -1,19 +1,16 @@
 """Mistakes that other frameworks have made with losses: a broken twin of what we have, and the claim that it breaks.
 
 The numbers are those of the list of traps in the notes on methods. Where a line of the engine is what matters, the twin
-is the engine's own source with that line changed. Three traps have no twin here, as no loss and no loop falls into
-them: 18, hyper-parameters that are in no file (tests/test_recipes.py); 19, meters that lie (learning rates in full in
-tests/test_train.py, speeds in run.json only); 22, a table that fails where no metrics are (tests/report).
+is the engine's own source with that line changed. Traps 18, 19 and 22, into which scripts fall and no loss, are in
+tests/test_script_traps.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,7 +40,7 @@ from contract import (
     train,
 )
 from golden import check_golden_logits, golden_labels, golden_logits
-from helpers import ROOT
+from helpers import ROOT, changed, rejected
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -61,24 +58,6 @@ from model.teacher import FrozenTeacher
 from model.teacher_store import TeacherStore
 
 Terms = dict[str, Tensor]
-
-
-@contextlib.contextmanager
-def rejected(error: type[Exception] = AssertionError) -> Iterator[None]:
-    """A claim does not hold for what is broken."""
-    with pytest.raises(error):
-        yield
-
-
-def changed(thing: Any, *changes: tuple[str, str]) -> Any:
-    """Returns a function or class of ours made from its source with some text replaced."""
-    source = textwrap.dedent(inspect.getsource(thing))
-    for old, new in changes:
-        assert source.count(old) == 1, f"{old!r} is not in {thing.__qualname__}: what the trap is about has moved"
-        source = source.replace(old, new)
-    namespace = dict(vars(inspect.getmodule(thing)))
-    exec(compile(source, f"<{thing.__qualname__}, broken>", "exec"), namespace)
-    return namespace[thing.__name__]
 
 
 def logits_of(student: Outputs, teacher: Outputs | None) -> tuple[Tensor, Tensor]:
