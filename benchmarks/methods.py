@@ -1,13 +1,14 @@
 """Does each method train? Real images, several seeds, beside the same runs without it; and what a step of it costs.
 
     python benchmarks/methods.py --jobs 2
+    python benchmarks/methods.py --jobs 2 --data_dir <CIFAR-10>
     python benchmarks/methods.py --costs
 
 The first trains a CNN on the digits of scikit-learn, then for every method a CNN of half its width on a few of them,
 once per seed, with search_hyperparams.py; what counts is the last epoch's accuracy on the validation images, on which
-nothing is selected. With `--data_dir` it takes CIFAR-10 instead (a folder of images, or what torchvision downloads).
-Run again, it goes on where it stopped. The second takes steps of ResNet-56 to ResNet-20, each method in turns with
-plain KD in one process, and once alone for its memory. Both write benchmarks/results/methods.md, each its own part.
+nothing is selected. The second takes CIFAR-10 instead (a folder of images, or what torchvision downloads). Run again,
+both go on where they stopped. The third takes steps of ResNet-56 to ResNet-20, each method in turns with plain KD in
+one process, and once alone for its memory. All write benchmarks/results/methods.md, each its own part.
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ from tabulate import tabulate
 from utils import read_json, write_file, write_json
 
 RESULT = ROOT / "benchmarks" / "results" / "methods.md"
+RUNS = ROOT / "benchmarks" / "runs"
+USUAL: dict[str, dict[str, Any]] = {
+    "digits": {"work_dir": RUNS / "methods", "epochs": 40, "teacher_epochs": 30, "subset": 0.06},
+    "CIFAR-10": {"work_dir": RUNS / "methods_cifar10", "epochs": 15, "teacher_epochs": 10, "subset": 0.1},
+}
 WITHOUT = {"ce": [{"name": "ce"}]}
 # Which nets meet: a CNN of 32 channels teaches one of 16, but where the method asks for another pair.
 WIDE, NARROW = ({"name": "cnn", "num_channels": width, "dropout_rate": 0.0} for width in (32, 16))
@@ -49,18 +55,22 @@ def parse_args() -> argparse.Namespace:
     parser = create_parser(__doc__)
     parser.add_argument("--data_dir", type=Path)
     parser.add_argument("--cache_dir", type=Path, help="for decoded images; by default inside the image folder")
-    parser.add_argument("--work_dir", type=Path, default=ROOT / "benchmarks" / "runs" / "methods")
+    parser.add_argument("--work_dir", type=Path, help="default: a folder in benchmarks/runs for each dataset")
     parser.add_argument("--seeds", type=int, nargs="+", default=[230, 231, 232])
-    parser.add_argument("--epochs", type=int, default=40, help="of a student (default 40)")
-    parser.add_argument("--teacher_epochs", type=int, default=30)
-    parser.add_argument("--subset", type=float, default=0.06, help="part of the training images (default 0.06)")
+    parser.add_argument("--epochs", type=int, help="of a student (default 40; of CIFAR-10 15)")
+    parser.add_argument("--teacher_epochs", type=int, help="default 30; of CIFAR-10 10")
+    parser.add_argument("--subset", type=float, help="part of the training images (default 0.06; of CIFAR-10 0.1)")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--methods", nargs="+", help="only these (default: all)")
     parser.add_argument("--costs", action="store_true", help="time and memory of a step, instead")
     parser.add_argument("--rounds", type=int, default=3, help="of --costs (default 3)")
     parser.add_argument("--step", metavar="METHOD", help=argparse.SUPPRESS)
     parser.add_argument("--limit", choices=["nst", "rkd", "crd"], help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name, usual in USUAL["CIFAR-10" if args.data_dir else "digits"].items():
+        if getattr(args, name) is None:
+            setattr(args, name, usual)
+    return args
 
 
 def objectives(epochs: int) -> dict[str, list[dict[str, Any]]]:
@@ -136,6 +146,12 @@ def journal_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def epoch_seconds(folder: Path) -> float:
+    """Returns a run's own time, start and validation included, by its epochs."""
+    run = read_json(folder / "run.json")
+    return sum(attempt["seconds"] for attempt in run["attempts"]) / run["num_epochs"]
+
+
 def own_terms(folder: Path) -> dict[str, tuple[float, float]]:
     """Returns each term of a method in training: its mean over the first epoch in which it counts, and over the last.
 
@@ -184,10 +200,16 @@ def accuracy_part(args: argparse.Namespace) -> str:
             groups[pair, "ce"] = train_group(args, "ce", pair, WITHOUT["ce"])
         groups[pair, name] = train_group(args, name, pair, losses)
     scores = {key: [journal_of(folder)[-1]["val"]["accuracy"] for folder in folders] for key, folders in groups.items()}
+    seconds = {key: statistics.mean(map(epoch_seconds, folders)) for key, folders in groups.items()}
+
+    def times(*key: str) -> tuple[str, str]:
+        kd = seconds.get(("cnn", "kd")) if key[0] == "cnn" else None
+        return f"{seconds[key]:.2f}", f"{seconds[key] / kd:.2f}" if kd else ""
+
     rows = []
     for (pair, name), folders in groups.items():
         if name == "ce":
-            rows.append([f"without ({pair})", "", "", percent(scores[pair, name]), "", ""])
+            rows.append([f"without ({pair})", "", "", percent(scores[pair, name]), "", "", *times(pair, name)])
             continue
         terms = [own_terms(folder) for folder in folders]
         fell = [all(end < start for start, end in each.values()) for each in terms]
@@ -203,6 +225,7 @@ def accuracy_part(args: argparse.Namespace) -> str:
                 percent(scores[pair, name]),
                 f"{gain:+.2f} ± {half:.2f}",
                 verdict,
+                *times(pair, name),
             ]
         )
     teachers = ", ".join(
@@ -210,13 +233,15 @@ def accuracy_part(args: argparse.Namespace) -> str:
         for pair in PAIRS
         if pair != "equal"
     )
-    headers = ["method", "own terms in training, first -> last epoch", "fell", "accuracy, last epoch", "gain", "told"]
+    terms_header = "own terms in training, first -> last epoch"
+    headers = ["method", terms_header, "fell", "accuracy, last epoch", "gain", "told", "epoch, s", "/ kd's"]
+    seeds = "" if args.seeds == [230, 231, 232] else f" --seeds {' '.join(map(str, args.seeds))}"
     some = next(iter(groups.values()))[0]
     run = read_json(some / "run.json")["attempts"][-1]
     [data] = [
         line.partition("INFO: ")[2] for line in (some / "train.log").read_text().splitlines() if " train (" in line
     ]
-    return f"""## Does it train?
+    return f"""## Does it train? {"CIFAR-10" if args.data_dir else "Digits"}
 
 {data}. {args.epochs} epochs, seeds {", ".join(map(str, args.seeds))}.
 
@@ -226,11 +251,12 @@ the recipes for ResNet-56 to 20, found on CIFAR-100 with other nets: nothing was
 take an eighth of the epochs. Terms are means over the images of an epoch and over seeds, weights included (without the
 warm-up's share); "fell": in how many seeds every own term did. Accuracy in percent on the validation images, mean ±
 sample standard deviation; gain: points against the same run without the method, paired by seed, ± half of the
-95 % interval (Student's t).
+95 % interval (Student's t). Time: of a whole run by its epochs, validation included, mean over seeds;
+{args.jobs} run(s) at a time.
 
 {tabulate(rows, headers, tablefmt="github")}
 
-Command: `python benchmarks/methods.py{" --data_dir <folder>" if args.data_dir else ""} --jobs {args.jobs}`.
+Command: `python benchmarks/methods.py{" --data_dir <folder>" if args.data_dir else ""} --jobs {args.jobs}{seeds}`.
 {stamp(run["device"], f"precision {run['precision']}", f"{run['threads']} thread(s) per run")}.
 """
 
