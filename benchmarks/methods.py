@@ -38,7 +38,7 @@ RESULT = ROOT / "benchmarks" / "results" / "methods.md"
 RUNS = ROOT / "benchmarks" / "runs"
 USUAL: dict[str, dict[str, Any]] = {
     "digits": {"work_dir": RUNS / "methods", "epochs": 40, "teacher_epochs": 30, "subset": 0.06},
-    "CIFAR-10": {"work_dir": RUNS / "methods_cifar10", "epochs": 15, "teacher_epochs": 10, "subset": 0.1},
+    "CIFAR-10": {"work_dir": RUNS / "methods_cifar10", "epochs": 12, "teacher_epochs": 6, "subset": 0.1},
 }
 WITHOUT = {"ce": [{"name": "ce"}]}
 # Which nets meet: a CNN of 32 channels teaches one of 16, but where the method asks for another pair.
@@ -57,8 +57,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--cache_dir", type=Path, help="for decoded images; by default inside the image folder")
     parser.add_argument("--work_dir", type=Path, help="default: a folder in benchmarks/runs for each dataset")
     parser.add_argument("--seeds", type=int, nargs="+", default=[230, 231, 232])
-    parser.add_argument("--epochs", type=int, help="of a student (default 40; of CIFAR-10 15)")
-    parser.add_argument("--teacher_epochs", type=int, help="default 30; of CIFAR-10 10")
+    parser.add_argument("--epochs", type=int, help="of a student (default 40; of CIFAR-10 12)")
+    parser.add_argument("--teacher_epochs", type=int, help="default 30; of CIFAR-10 6")
     parser.add_argument("--subset", type=float, help="part of the training images (default 0.06; of CIFAR-10 0.1)")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--methods", nargs="+", help="only these (default: all)")
@@ -98,7 +98,7 @@ def objectives(epochs: int) -> dict[str, list[dict[str, Any]]]:
 def params_of(args: argparse.Namespace, student: dict[str, Any], losses: list[dict[str, Any]]) -> dict[str, Any]:
     dataset: dict[str, Any] = {"name": "digits", "val_fraction": 0.25}
     if args.data_dir:
-        dataset = {"name": "cifar10", "augmentation": "crop_flip", **dataset_options(args)}
+        dataset = {"name": "cifar10", "augmentation": "crop_flip", "val_fraction": 0.04, **dataset_options(args)}
     dataset |= {"batch_size": 16 if dataset["name"] == "digits" else 64}
     params = {
         "seed": args.seeds[0],
