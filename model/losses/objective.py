@@ -51,6 +51,10 @@ class Objective(nn.Module):
             [label] = stages
             raise InputError(f"{label}: initial_epochs {self.initial_epochs} is not below num_epochs, {num_epochs}")
         self.epoch = 0
+        idle = next((epoch for epoch in range(max(num_epochs, 1)) if not any(self._counting(epoch))), None)
+        if idle is not None:
+            line = f"in epoch {idle + 1} of {num_epochs} every weight is 0 ({', '.join(kept)})"
+            raise InputError(f"{line}: nothing would be learnt then; raise one")
         if not any(loss.trains_classifier for loss in kept.values()):
             raise InputError(
                 f"{' and '.join(kept)}: nothing here trains the classifier; add the labels' part, such as "
@@ -158,20 +162,20 @@ class Objective(nn.Module):
         for _, loss in self.parts():
             loss.on_epoch(epoch)
 
-    def _counting(self) -> Iterator[tuple[Loss, float]]:
-        """Yields the losses that count in the current epoch, with their weights in it."""
+    def _counting(self, epoch: int) -> Iterator[tuple[Loss, float]]:
+        """Yields the losses that count in an epoch, from 0, with their weights in it."""
         for label, loss in self.parts():
-            weight = self.curves[label](self.epoch)
-            if self.epoch < loss.initial_epochs and loss.initial_weight is not None:
+            weight = self.curves[label](epoch)
+            if epoch < loss.initial_epochs and loss.initial_weight is not None:
                 weight = loss.initial_weight
-            alone = self.epoch < self.initial_epochs  # whoever has a stage of its own
+            alone = epoch < self.initial_epochs  # whoever has a stage of its own
             if weight and (loss.initial_epochs or not alone):
                 yield loss, weight
 
     @property
     def asks_teacher(self) -> bool:
         """Whether the teacher's outputs are read in the current epoch."""
-        return any(loss.asks_teacher for loss, _ in self._counting())
+        return any(loss.asks_teacher for loss, _ in self._counting(self.epoch))
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         """Returns the weighted terms, whose sum is the objective.
@@ -179,12 +183,11 @@ class Objective(nn.Module):
         Names that occur twice are numbered: `kd`, `kd_2`. The teacher is None where it is not asked in this epoch.
         """
         terms: dict[str, Tensor] = {}
-        for loss, weight in self._counting():
+        for loss, weight in self._counting(self.epoch):
             own, other, shown = labelled(student, teacher, batch) if loss.needs_labels else (student, teacher, batch)
             for name, term in loss(own, other if loss.asks_teacher else None, shown).items():
                 terms[free_name(name, terms)] = term if weight == 1 else weight * term
-        # An epoch may be one in which nothing counts, such as before a weight has begun to rise.
-        return terms or {"nothing": 0.0 * student.logits.sum()}
+        return terms
 
     def describe(self) -> str:
         """Returns the sum with its effective weights in one line."""

@@ -126,16 +126,13 @@ def test_in_an_epoch_in_which_its_weight_is_0_a_loss_is_not_computed() -> None:
         assert silent.calls == calls
 
 
-def test_an_epoch_in_which_nothing_counts_gives_a_zero_that_can_be_differentiated() -> None:
-    weight = {"name": "step", "value": 1.0, "milestones": [1], "gamma": 0.0, "warmup_epochs": 0}
-    objective = Objective({"c": Counting()}, {"c": weight}, 3)
-    student, teacher, batch = inputs()
-    objective.on_epoch(1)
-    [term] = objective(student, teacher, batch).values()
-    term.backward()
-    assert term.item() == 0.0
-    assert student.logits.grad is not None
-    assert student.logits.grad.abs().sum() == 0
+def test_an_epoch_in_which_nothing_would_count_is_refused() -> None:
+    off = {"name": "step", "value": 1.0, "milestones": [2], "gamma": 0.0, "warmup_epochs": 0}
+    with pytest.raises(InputError) as refused:
+        Objective({"c": Counting(), "d": Counting()}, {"c": off, "d": off}, 5)
+    assert str(refused.value) == "in epoch 3 of 5 every weight is 0 (c, d): nothing would be learnt then; raise one"
+    Objective({"c": Counting()}, {"c": off}, 2)
+    Objective({"c": Counting(), "d": Counting()}, {"c": off, "d": 1.0}, 5)
 
 
 def test_a_stage_of_its_own_leaves_the_other_losses_out() -> None:

@@ -546,9 +546,9 @@ def test_trap_16_a_way_of_sampling_that_nobody_has_run() -> None:
 
 
 class ComputesAll(Objective):
-    def _counting(self) -> Iterator[tuple[Loss, float]]:
+    def _counting(self, epoch: int) -> Iterator[tuple[Loss, float]]:
         for label, loss in self.parts():
-            yield loss, self.curves[label](self.epoch)
+            yield loss, self.curves[label](epoch)
 
 
 def test_trap_20_a_term_that_is_computed_although_its_weight_is_0(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -582,9 +582,9 @@ class OnlyInItsStage(KL):
 
 
 class UnweightedInItsStage(Objective):
-    def _counting(self) -> Iterator[tuple[Loss, float]]:
-        for loss, weight in super()._counting():
-            yield loss, 1.0 if self.epoch < self.initial_epochs else weight
+    def _counting(self, epoch: int) -> Iterator[tuple[Loss, float]]:
+        for loss, weight in super()._counting(epoch):
+            yield loss, 1.0 if epoch < self.initial_epochs else weight
 
 
 def test_trap_21_a_weight_without_effect() -> None:
