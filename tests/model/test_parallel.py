@@ -66,7 +66,7 @@ def in_processes(size: int, function: Callable[..., Any], *args: Any) -> list[An
     for process in started:
         process.start()
     try:
-        found = sorted((answers.get(timeout=60) for _ in started), key=lambda answer: answer[0])
+        found = sorted((answers.get(timeout=180) for _ in started), key=lambda answer: answer[0])
     finally:
         for process in started:
             process.join(5)
@@ -502,7 +502,7 @@ def own_lines(text: str) -> list[str]:
 
 def test_a_wrong_params_json_ends_with_one_line(make_experiment: Make) -> None:
     folder = make_experiment(num_epochs=-1)
-    ended = subprocess.run(torchrun(2, "--model_dir", folder), capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(torchrun(2, "--model_dir", folder), capture_output=True, text=True, timeout=180)
     assert ended.returncode == 1  # torchrun's own, whatever ours are; it reports ours
     assert own_lines(ended.stderr) == [f"{folder}/params.json: num_epochs: -1 is below 0"]
     assert "exitcode  : 2" in ended.stderr
@@ -519,7 +519,7 @@ def test_torchrun_passes_a_signal_on_and_the_same_command_ends_with_the_same_bit
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=180)
     assert err.count("stopped by SIGTERM") == 1
     assert read_status(cut) == "interrupted"
     assert len(read_journal(cut)) < 15
@@ -531,7 +531,7 @@ def test_torchrun_passes_a_signal_on_and_the_same_command_ends_with_the_same_bit
 def test_a_directory_in_use_ends_all_processes_with_one_line(make_experiment: Make) -> None:
     folder = make_experiment(num_epochs=1)
     with train.Experiment(folder)._acquire():
-        ended = subprocess.run(torchrun(2, "--model_dir", folder), capture_output=True, text=True, timeout=60)
+        ended = subprocess.run(torchrun(2, "--model_dir", folder), capture_output=True, text=True, timeout=180)
     assert ended.stderr.count(f"{folder} is in use by") == 1
     assert "exitcode  : 75" in ended.stderr
     assert not (folder / "run.json").exists()
@@ -550,7 +550,7 @@ def test_a_process_that_is_killed_ends_the_run_which_resumes_bitwise(make_experi
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         [follower] = [pid for pid in map(int, children) if pid != writer]
         os.kill(follower, signal.SIGKILL)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=180)
     told = err.count("another process of this run has ended, see what it said")
     run = json.loads((cut / "run.json").read_text())
     # torchrun ends the others as soon as it sees that one has gone: that may be before they see it.
@@ -563,6 +563,6 @@ def test_a_process_that_is_killed_ends_the_run_which_resumes_bitwise(make_experi
 def test_divergence_is_told_once(make_experiment: Make) -> None:
     optimizer = {"name": "sgd", "learning_rate": 1000, "weight_decay": 10}
     folder = make_experiment(optimizer=optimizer, num_epochs=50)
-    ended = subprocess.run(torchrun(2, "--model_dir", folder), capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(torchrun(2, "--model_dir", folder), capture_output=True, text=True, timeout=180)
     assert ended.stderr.count("not finite") == 1
     assert json.loads((folder / "run.json").read_text())["reason"] == "diverged"

@@ -53,7 +53,7 @@ plainly_and_preloaded = pytest.mark.parametrize("preload", [False, True], ids=["
 
 
 def wait_for(condition: Callable[[], Any]) -> Any:
-    for _ in range(1000):
+    for _ in range(3000):
         if found := condition():
             return found
         time.sleep(0.01)

@@ -171,7 +171,7 @@ def test_of_the_signals_to_all_of_a_job_training_gets_one(
     for name in signals:
         os.killpg(job.pid, signal.Signals[name])
         time.sleep(0.02)
-    assert job.communicate(timeout=20)[0] == printed
+    assert job.communicate(timeout=180)[0] == printed
     lines = console.read_text().splitlines()
     assert ("told 1" in lines) == (code == SAVES)
     requeued = "SIGUSR2" in signals and code == SAVES
