@@ -84,7 +84,7 @@ def objectives(epochs: int) -> dict[str, list[dict[str, Any]]]:
     for losses in found.values():
         for loss in losses:
             if "initial_epochs" in loss:
-                loss["initial_epochs"] = max(1, epochs // 8)
+                loss["initial_epochs"] = max(2, epochs // 8)  # two at least: what of it is to fall needs a second one
             if isinstance(loss.get("weight"), dict):
                 loss["weight"] = {**loss["weight"], "warmup_epochs": max(1, epochs // 8)}
             for option in ("student_stage", "teacher_stage"):
@@ -147,9 +147,9 @@ def journal_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def epoch_seconds(folder: Path) -> float:
-    """Returns a run's own time, start and validation included, by its epochs."""
-    run = read_json(folder / "run.json")
-    return sum(attempt["seconds"] for attempt in run["attempts"]) / run["num_epochs"]
+    """Returns the time of a run's last attempt by the epochs that it took, start and validation included."""
+    attempt = read_json(folder / "run.json")["attempts"][-1]
+    return float(attempt["seconds"]) / (attempt["to_epoch"] - attempt["from_epoch"])
 
 
 def own_terms(folder: Path) -> dict[str, tuple[float, float]]:
@@ -238,9 +238,8 @@ def accuracy_part(args: argparse.Namespace) -> str:
     seeds = "" if args.seeds == [230, 231, 232] else f" --seeds {' '.join(map(str, args.seeds))}"
     some = next(iter(groups.values()))[0]
     run = read_json(some / "run.json")["attempts"][-1]
-    [data] = [
-        line.partition("INFO: ")[2] for line in (some / "train.log").read_text().splitlines() if " train (" in line
-    ]
+    lines = (some / "train.log").read_text().splitlines()
+    data = next(line.partition("INFO: ")[2] for line in lines if " train (" in line)  # a resumed run has it again
     return f"""## Does it train? {"CIFAR-10" if args.data_dir else "Digits"}
 
 {data}. {args.epochs} epochs, seeds {", ".join(map(str, args.seeds))}.
