@@ -254,19 +254,26 @@ class Experiment:
                 self._board.close()
             lock.release()
 
-    def record(self, state: Mapping[str, Any], record: Mapping[str, Any], progress: Mapping[str, float]) -> bool:
+    def record(
+        self,
+        state: Mapping[str, Any],
+        record: Mapping[str, Any],
+        progress: Mapping[str, float],
+        candidate: bool = True,
+    ) -> bool:
         """Commits a finished epoch.
 
         Args:
             state: What a resume needs, of plain types and tensors.
             record: The journal's line: `epoch`, `train` and `val` metrics; `val.accuracy` selects the best.
             progress: What differs from run to run (seconds, images per second): run.json and TensorBoard only.
+            candidate: Whether it may be the best.
 
         Returns:
             Whether this epoch is the best so far.
         """
         val = {**record["val"], "epoch": record["epoch"]}
-        is_best = self.best is None or val["accuracy"] > self.best["accuracy"]
+        is_best = candidate and (self.best is None or val["accuracy"] > self.best["accuracy"])
         if is_best:
             self.best = val
         self._append(record)

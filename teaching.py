@@ -15,21 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from model import data, nets, parallel, teacher_store
 from model.data.loader import Loader
 from model.devices import device_name
-from model.engine import Totals, correct, evaluate, probe
-from model.ensemble import Teacher, TeacherEnsemble
+from model.engine import Totals, correct, evaluate, probe, probe_teacher
+from model.ensemble import Teacher, TeacherEnsemble, create_teachers
 from model.errors import DivergedError, InputError
+from model.losses import create_objective
 from model.losses.objective import Objective
 from model.outputs import Probe, outputs_of
 from model.rng import derive_seed
+from model.taps import taps_of
 from model.teacher import FrozenTeacher
 from model.teacher_store import StoreFullError, TeacherStore
-from utils import FAILED, RunError, read_json, write_json
+from utils import FAILED, Params, RunError, read_json, write_json
 
 TOLERANCE = 0.001  # of accuracy: what a fast teacher may differ from its original
 CHANCE, SMALL = 3, 0.02  # standard errors and accuracy: what a teacher may differ from what its own run reports
@@ -83,6 +85,36 @@ def complete(
         peer = nets.create(whole, splits.num_classes)
         probe(peer, whole["name"], splits.shape)  # it may not take these images
         part.peers.append(peer)
+
+
+def rehearse(params: Params, sections: Sequence[Mapping[str, Any]], theirs: Sequence[Params]) -> None:
+    """Lets new nets stand for a run and its teachers, so that what cannot fit is refused before these are trained.
+
+    Args:
+        params: The run's.
+        sections: Its resolved `teacher` sections.
+        theirs: The params of the teachers' own runs, one by one.
+
+    Raises:
+        InputError: As `create_teachers` and `complete`.
+    """
+    if any(create_objective(own.loss, own.num_epochs).equips for own in theirs):
+        return  # which parts such a teacher will have, its own teacher decides
+    loss = create_objective(params.loss, params.num_epochs)
+    with parallel.first_goes_first():
+        splits = data.create(params.dataset, seed=params.seed, device=torch.device("cpu"))
+
+    def made(section: Mapping[str, Any]) -> tuple[nn.Module, Probe, dict[str, Any]]:
+        section = {**section, **({"pretrained": False} if "pretrained" in section else {})}
+        net = nets.create(section, splits.num_classes)
+        shown = probe(net, section["name"], splits.shape)
+        return net, shown, {"section": {**section, "stages": [*taps_of(net)] or None}, **splits.facts()}
+
+    bare, shown, record = made(params.student)
+    states = [{"net": own, "state_dict": net.state_dict()} for net, _, own in (made(each.student) for each in theirs)]
+    teacher = create_teachers(states, sections, record, params.combine_teachers, loss)
+    complete(loss, shown, probe_teacher(teacher, splits.shape), splits, params.student, params.seed)
+    loss.equip(bare)
 
 
 # --- fast -------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from model.rng import derive_seed
 from model.taps import taps_of
 from process import EpochBar, log, run_main, set_logger
 from sources import AND, find_weights, load_initial, load_teacher_checkpoints
-from teaching import Remark, complete, fill, make_ready
+from teaching import Remark, complete, fill, make_ready, rehearse
 from utils import OK, USAGE, Params, RunError, apply_overrides, read_json, teachers_of
 
 # What goes without saying of how a run is trained; the teacher's answers may be rounded as they are kept.
@@ -106,15 +106,18 @@ def check(model_dirs: Sequence[Path], overrides: Sequence[str]) -> int:
     return USAGE if wrong else OK
 
 
-def train_teacher(args: argparse.Namespace, params: Params, teacher_dir: Path, students: Sequence[Path]) -> None:
-    """Trains a teacher of `params` to its end, unless that is done, on the dataset that its student is given."""
-    student = args.model_dir[0]
-    if not (teacher_dir / "params.json").is_file() or read_status(teacher_dir) == "completed":
-        return
-    if read_status(teacher_dir) == "pending" and (teacher_dir / "best.pth.tar").exists():  # trained elsewhere
-        return
-    if teacher_dir.resolve() in students:
-        raise RunError(f"teacher {teacher_dir} is taught by its own student; break the circle", "teacher")
+def train_teachers(
+    args: argparse.Namespace, params: Params, sections: Sequence[Mapping[str, Any]], students: Sequence[Path]
+) -> None:
+    """Trains those teachers of `params` that are not trained, as soon as nothing that is known now is in the way."""
+    student, teacher_dirs = args.model_dir[0], [Path(section["model_dir"]) for section in sections]
+    init_from = Path(params.student["init_from"] or ".")
+    if not init_from.exists() and not init_from.parent.exists():  # if that does, the file may be a teacher's to be
+        load_initial(init_from)
+    missing = [teacher_dir for teacher_dir in teacher_dirs if is_untrained(teacher_dir)]
+    for teacher_dir in missing:
+        if teacher_dir.resolve() in students:
+            raise RunError(f"teacher {teacher_dir} is taught by its own student; break the circle", "teacher")
     # Which images, and where they are; how many of them and in what batches is the teacher's own affair.
     _, own_affair = DATASETS.split(params.dataset)
     keys = apply_overrides(read_json(student / "params.json"), args.overrides)
@@ -123,14 +126,27 @@ def train_teacher(args: argparse.Namespace, params: Params, teacher_dir: Path, s
         for key, override in zip(keys, args.overrides, strict=True)
         if key.startswith("dataset.") and key.removeprefix("dataset.") not in own_affair
     ]
-    theirs, ours = load_params(teacher_dir, shared).dataset["name"], params.dataset["name"]
-    if theirs != ours:
-        line = f"teacher {teacher_dir} is on dataset {theirs!r}, its student {student} on {ours!r}"
-        raise RunError(f"{line}; name the same dataset in both", "teacher")
-    log.info("first the teacher, %s", teacher_dir)
-    own = {"model_dir": [teacher_dir], "overrides": shared, "restart": False, "restore_file": None}
-    train(argparse.Namespace(**{**vars(args), **own}), students)
-    begin_log(args)  # the teacher's train.log ends here
+    theirs = [load_params(teacher_dir, shared) for teacher_dir in missing]
+    for teacher_dir, own in zip(missing, theirs, strict=True):
+        if own.dataset["name"] != params.dataset["name"]:
+            line = f"teacher {teacher_dir} is on dataset {own.dataset['name']!r}, its student {student} on"
+            raise RunError(f"{line} {params.dataset['name']!r}; name the same dataset in both", "teacher")
+    if missing and missing == teacher_dirs:
+        with naming(student / "params.json"):
+            rehearse(params, sections, theirs)
+    for teacher_dir in filter(is_untrained, missing):  # one of them may have been another one's teacher
+        log.info("first the teacher, %s", teacher_dir)
+        changed = {"model_dir": [teacher_dir], "overrides": shared, "restart": False, "restore_file": None}
+        train(argparse.Namespace(**{**vars(args), **changed}), students)
+        begin_log(args)  # the teacher's train.log ends here
+
+
+def is_untrained(teacher_dir: Path) -> bool:
+    """Tells whether a directory is an experiment that could be trained and is not, neither here nor elsewhere."""
+    if not (teacher_dir / "params.json").is_file():
+        return False
+    status = read_status(teacher_dir)
+    return not (status == "completed" or (status == "pending" and (teacher_dir / "best.pth.tar").exists()))
 
 
 @dataclass
@@ -240,9 +256,11 @@ class Run:
         seconds = time.monotonic() - started
         rate = self.learner.optimizer.param_groups[0]["lr"]
         record = {"epoch": epoch + 1, "learning_rate": rate, "train": train_metrics, "val": val_metrics}
-        self.learner.schedule.observe(record)
+        counts = epoch >= self.learner.loss.initial_epochs  # in a loss's own stage nothing is learnt of the classes
+        if counts:
+            self.learner.schedule.observe(record)
         state = self.snapshot(epoch + 1, Totals(self.learner.device))
-        is_best = self.experiment.record(state, record, {**progress, "epoch_seconds": seconds})
+        is_best = self.experiment.record(state, record, {**progress, "epoch_seconds": seconds}, candidate=counts)
         left = tqdm.format_interval((self.params.num_epochs - epoch - 1) * seconds)
         log.info(
             "Epoch %d/%d: train loss %.4f accuracy %.4f; val loss %.4f accuracy %.4f%s; %.0f images/s, %s left",
@@ -285,8 +303,8 @@ def prepare(args: argparse.Namespace, params: Params, students: Sequence[Path]) 
     torch.manual_seed(derive_seed(params.seed, "loss"))
     loss = create_objective(params.loss, params.num_epochs)
     sections = list(teachers_of(params.teacher).values()) if loss.needs_teacher else []
-    for section in sections if args.train_teacher else ():
-        train_teacher(args, params, Path(section["model_dir"]), [*students, model_dir.resolve()])
+    if args.train_teacher:
+        train_teachers(args, params, sections, [*students, model_dir.resolve()])
     states, teacher_sha = load_teacher_checkpoints(sections) if sections else ([], None)  # before any work
     init_from = params.student["init_from"]
     init_state, init_sha = load_initial(Path(init_from)) if init_from else (None, None)

@@ -230,6 +230,7 @@ def train_epoch(
 
     Raises:
         DivergedError: The loss is not finite.
+        InputError: It reaches nothing that learns.
     """
     student, loss, device = learner.student, learner.loss, learner.device
     totals = totals or Totals(device)
@@ -255,6 +256,9 @@ def train_epoch(
             terms = loss(student_outputs, teacher_outputs, batch)
             total = torch.stack(list(terms.values())).sum()
             measured = pulls(terms, student_outputs.logits) if gradient_norms else {}
+            if not total.requires_grad:
+                line = f"in epoch {epoch + 1} nothing that learns is reached by the loss"
+                raise InputError(f"{line}; freeze less of the student, or give another loss a weight")
             learner.optimizer.zero_grad(set_to_none=True)
             learner.scaler.scale(total * batch.share).backward()
             parallel.sum_gradients(learner.optimizer)

@@ -246,6 +246,31 @@ def test_train_teacher_refuses_a_teacher_on_another_dataset_before_training_it(
     assert read_status(teacher) == "pending"
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"loss": [{"name": "ce"}, {"name": "at", "student_stages": [1], "teacher_stages": [9]}]}, "has no stage 9"),
+        (
+            {"loss": KD, "student": {"name": "cnn", "init_from": "no/such.pth.tar"}},
+            "student.init_from: no/such.pth.tar",
+        ),
+        (
+            {"loss": [{"name": "ce"}, {"name": "crd"}], "student": {"name": "torchvision/alexnet"}},
+            "torchvision/alexnet",
+        ),
+    ],
+    ids=["a stage", "initial weights", "a net"],
+)
+def test_what_cannot_work_is_refused_before_the_teacher_is_trained(
+    script: Script, make_experiment: Make, changes: dict[str, Any], said: str
+) -> None:
+    teacher = make_experiment("teacher")
+    ended = script(train, "--model_dir", make_experiment("student", teacher=str(teacher), **changes), "--train_teacher")
+    assert (ended.status, ended.err.count("\n")) == (2, 1)
+    assert said in ended.err
+    assert read_status(teacher) == "pending"
+
+
 def test_a_teacher_trained_on_the_way_is_the_one_that_is_trained_alone(script: Script, make_experiment: Make) -> None:
     alone, teacher = make_experiment("alone"), make_experiment("teacher")
     student = make_experiment("student", teacher=str(teacher), loss=KD)
@@ -446,6 +471,52 @@ def test_whatever_a_run_trains_with_it_resumes_exactly(
     assert (whole / "metrics.jsonl").read_bytes() == (cut / "metrics.jsonl").read_bytes()
     schedules = [load_checkpoint(folder / "last.pth.tar")[0]["schedule"] for folder in (whole, cut)]
     assert schedules[0] == schedules[1]
+
+
+def test_no_epoch_of_a_losss_own_stage_is_the_best_or_counts_for_plateau(script: Script, make_student: Make) -> None:
+    schedule = {"name": "plateau", "patience": 0, "factor": 0.5, "metric": "val.accuracy", "threshold": 0.99}
+    loss = [{"name": "ce"}, {"name": "ft", "initial_epochs": 3}]
+    good = make_student("good", num_epochs=12)
+    script(train, "--model_dir", good)
+    changes = {"loss": loss, "schedule": schedule, "optimizer": {"name": "sgd", "learning_rate": 1.0, "momentum": 0.0}}
+    folder = make_student("run", num_epochs=4, student={"init_from": str(good)}, **changes)
+    assert script(train, "--model_dir", folder).status == 0
+    journal = read_journal(folder)
+    assert journal[0]["val"]["accuracy"] >= journal[3]["val"]["accuracy"], "or the claim would say nothing"
+    best = json.loads((folder / "metrics_val_best_weights.json").read_text())
+    assert (best["epoch"], best["accuracy"]) == (4, journal[3]["val"]["accuracy"])
+    assert [record["learning_rate"] for record in journal] == [1.0] * 4
+
+
+def test_a_run_that_is_stopped_in_a_losss_own_stage_goes_on_without_a_best(
+    script: Script, make_student: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = [{"name": "ce"}, {"name": "ft", "initial_epochs": 2}]
+    whole, cut = (make_student(name, num_epochs=3, loss=loss) for name in ("whole", "cut"))
+    script(train, "--model_dir", whole)
+    original = experiment.Experiment.stop_if_asked
+
+    def stop(self: experiment.Experiment, where: str, **options: Any) -> None:
+        if where == "after epoch 1/3":
+            signal.raise_signal(signal.SIGTERM)
+        original(self, where, **options)
+
+    monkeypatch.setattr(experiment.Experiment, "stop_if_asked", stop)
+    assert script(train, "--model_dir", cut).status == 143
+    assert not (cut / "best.pth.tar").exists()
+    assert not (cut / "metrics_val_best_weights.json").exists()
+    monkeypatch.setattr(experiment.Experiment, "stop_if_asked", original)
+    assert script(train, "--model_dir", cut).status == 0
+    assert read_journal(cut) == read_journal(whole)
+    assert states_equal(cut / "best.pth.tar", whole / "best.pth.tar")
+
+
+def test_a_student_that_a_stage_cannot_reach_is_one_line(script: Script, make_student: Make) -> None:
+    frozen = {"width": 8, "freeze": ["conv1", "bn1", "conv2", "bn2"]}
+    folder = make_student("run", loss=[{"name": "ce"}, {"name": "fsp", "initial_epochs": 1}], student=frozen)
+    ended = script(train, "--model_dir", folder)
+    assert ended.status == 2
+    assert ended.err.splitlines()[-1].startswith("in epoch 1 nothing that learns is reached by the loss; freeze less")
 
 
 def test_plateau_lowers_the_rate_when_validation_stops_improving(script: Script, make_experiment: Make) -> None:

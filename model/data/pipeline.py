@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.data import augmentations
 from model.data.augmentations import Augmenting, Canvas, Listed
-from model.data.images import AnySplit, FileSplit, Images, ancestor_subset, divide_per_class
+from model.data.images import AnySplit, FileSplit, Images, Split, ancestor_subset, divide_per_class
 from model.data.joined import JoinedLoader
 from model.data.loader import BatchLoader, Loader
 from model.data.stream import StreamLoader
@@ -194,25 +194,31 @@ def add_unlabelled(splits: Data, images: Images | None, name: str, options: dict
 
     Args:
         splits: The labelled data.
-        images: Their training split is taken, but for what the run validates on, if that is the very same list; None:
-            the images of the labelled training list that are neither trained nor validated on.
+        images: Their training split is taken, but for what the run validates or is tested on; None: that of the labelled
+            data, but for what is trained on, too.
         name: What to call them.
         options: As `unlabelled_options` describes them.
 
     Raises:
-        InputError: There are none, or they have another shape.
+        InputError: There are none, they have another shape, or only one of the two datasets is streamed.
     """
     train = splits.train
     split: AnySplit = train.split if images is None else images.train
     indices = torch.arange(len(split))
-    same = images is None or split.fingerprint() == train.split.fingerprint()
-    carved = splits.val.indices if splits.val.split is train.split else indices[:0]
-    if same:  # no image may be learnt from that selects the epoch, whatever it is called
-        taken = torch.cat([carved, train.indices]) if images is None else carved
-        indices = indices[~torch.isin(indices, taken)]
+    if images is None:
+        indices = indices[~torch.isin(indices, train.indices)]
     if split.shape != splits.shape:
         line = f"unlabelled: its images are {split.shape}, those of dataset {splits.shape}; give both one size"
         raise InputError(line, "data")
+    # No image may be learnt from that selects an epoch or scores the net, wherever else it lies.
+    held_out = [(loader.split, loader.indices) for loader in (splits.val, splits.test) if loader is not None]
+    if isinstance(split, FileSplit) != isinstance(train.split, FileSplit):
+        line = (
+            "unlabelled: only one of it and the dataset is streamed, so validation images among it would not be found"
+        )
+        raise InputError(f"{line}; stream both or neither", "data")
+    known = {key for other, positions in held_out for key in other.keys(positions)}
+    indices = indices[torch.tensor([key not in known for key in split.keys(indices)], dtype=torch.bool)]
     if len(indices) < 2:
         way = "lower dataset.subset_fraction, or name other images"
         raise InputError(f"unlabelled: dataset leaves {len(indices)} of its training images over; {way}", "data")
@@ -232,7 +238,7 @@ def add_unlabelled(splits: Data, images: Images | None, name: str, options: dict
     )
     digest = hashlib.sha256(f"{splits.fingerprint} unlabelled".encode())
     split.update(digest, indices)
-    line = f"{splits.summary}; {len(indices):,} unlabelled images of {name}, {options['batch_size']} to a step"
+    line = f"{splits.summary}; {len(indices):,} unlabelled images of {name}, {min(options['batch_size'], len(indices))} to a step"
     return replace(splits, unlabelled=loader, fingerprint=digest.hexdigest(), summary=line)
 
 
@@ -266,6 +272,8 @@ def make_loader(
     views = augmentations.as_views(shown)
     if views is None:
         transforms = augmentations.create(shown, Canvas(split.shape, tuple(mean)))
+        if isinstance(split, Split):  # another loader may have moved it: what is drawn image by image is drawn here
+            split = split.to(torch.device("cpu"))
         return StreamLoader(split, transforms=transforms, num_workers=num_workers, mean=mean, **options)
     if isinstance(split, FileSplit):
         return StreamLoader(split, augmentation=views, num_workers=num_workers, mean=mean, **options)
@@ -302,8 +310,9 @@ def _subset(labels: Tensor, fraction: float, rule: str, seed: int) -> Tensor:
     if rule == "per_class":
         return divide_per_class(labels, fraction, derive_seed(seed, "subset"), at_least=1)[0]
     taken = ancestor_subset(len(labels), fraction)
-    if not len(taken):
-        raise InputError(f"dataset.subset_fraction: {fraction:g} of {len(labels)} images is none; raise it", "data")
+    if len(taken) < 2:  # of one image a batch norm has no statistics
+        line = f"{fraction:g} of {len(labels)} images is {len(taken) or 'none'}; raise it to 2 images at least"
+        raise InputError(f"dataset.subset_fraction: {line}", "data")
     return taken.sort().values
 
 

@@ -61,6 +61,7 @@ class ABLoss(StagedLoss):
     needs = frozenset({"preacts"})
     needs_teacher = True
     trains_classifier = False
+    initial_only = True
     least_at_teacher = False
 
     def __init__(
@@ -75,7 +76,6 @@ class ABLoss(StagedLoss):
         self.margin = margin
         self.initial_epochs = initial_epochs
         self.connectors = nn.ModuleList()
-        self.epoch = 0
 
     def attach(self, student: Probe, teacher: Probe | None) -> None:
         assert teacher is not None
@@ -91,20 +91,12 @@ class ABLoss(StagedLoss):
                 raise stages.error(f"student stage {own} cannot be fitted to teacher stage {other}")
             self.connectors.append(nn.Sequential(convolution, nn.BatchNorm2d(teacher_shape[0])))
 
-    def on_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    @property
-    def asks_teacher(self) -> bool:
-        return self.epoch < self.initial_epochs
-
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        assert teacher is not None
         distances = student.logits.new_zeros(())
-        if self.asks_teacher:
-            assert teacher is not None
-            maps = paired(self.pairs, student.preacts, teacher.preacts)
-            for connector, (own, other) in zip(self.connectors, maps, strict=True):
-                distances = distances / 2 + ab_loss(connector(own), other, self.margin)
+        maps = paired(self.pairs, student.preacts, teacher.preacts)
+        for connector, (own, other) in zip(self.connectors, maps, strict=True):
+            distances = distances / 2 + ab_loss(connector(own), other, self.margin)
         return {"ab": distances}
 
     def describe(self) -> str:

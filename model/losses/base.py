@@ -22,10 +22,11 @@ class Loss(nn.Module):
         needs_labels: Whether every sample that it is given must have a label: of a batch with unlabelled images it then
             gets only the labelled part.
         usual_weight: Its weight in an objective that does not say another: the published one.
-        trains_classifier: Whether its gradient reaches the student's classifier. An objective of which no part does
-            would leave that as it began.
+        trains_classifier: Whether the student's classifier learns the classes from it. An objective of which no part
+            does that is refused.
         initial_epochs: How many epochs a stage of its own takes, in which no other loss counts; the objective, on
             validation too, is then another function.
+        initial_only: Whether it gives nothing after those epochs.
         initial_weight: Its weight in those; None: as in all others.
         processes: Whether the processes of a run may each compute it on their own part of a batch.
         teacher_statistics: What the teacher's batch norms normalise with: the `running` statistics of its own training,
@@ -43,6 +44,7 @@ class Loss(nn.Module):
     usual_weight: float = 1.0
     trains_classifier: bool = True
     initial_epochs: int = 0
+    initial_only: bool = False
     initial_weight: float | None = None
     processes: bool = True
     teacher_statistics: Literal["running", "batch"] = "running"
@@ -53,11 +55,6 @@ class Loss(nn.Module):
     def __init__(self) -> None:  # nn.Module's own takes **kwargs: a loss without options would be refused
         super().__init__()
         self.peers = nn.ModuleList()
-
-    @property
-    def asks_teacher(self) -> bool:
-        """Whether it reads the teacher's outputs in the current epoch."""
-        return self.needs_teacher
 
     @property
     def peer_sections(self) -> list[dict[str, Any]]:
@@ -104,10 +101,13 @@ class Loss(nn.Module):
         return student, {}
 
     def on_epoch(self, epoch: int) -> None:
-        """Takes note of the epoch, from 0, that begins; all that changes with it must follow from it alone."""
+        """Takes note of the epoch that begins; all that changes with it must follow from it alone.
+
+        It is counted from 0, which is the first one in which the loss may count: see `Objective`.
+        """
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        """Returns the terms, each a scalar, for a batch; `teacher` is None iff `asks_teacher` is False.
+        """Returns the terms, each a scalar, for a batch; `teacher` is None iff `needs_teacher` is False.
 
         A term with the name `ce` is cross-entropy with the labels.
         """

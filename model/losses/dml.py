@@ -48,7 +48,8 @@ class DMLLoss(Loss):
         temperature: Divides all logits before the softmax.
     """
 
-    least_at_teacher = False  # there is none
+    trains_classifier = False  # it brings nets together, wherever that may be: beside it something must say where
+    least_at_teacher = False  # there is no teacher
 
     def __init__(
         self,

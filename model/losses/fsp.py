@@ -56,8 +56,9 @@ class FSPLoss(StagedLoss):
 
     Source: Yim et al., "A Gift from Knowledge Distillation: Fast Optimization, Network Minimization and Transfer
     Learning", 2017, section 3, as in RepDistiller.
-    Deviation: as in that code a matrix's squares are averaged, not summed. The student is in train mode throughout, and
-    optimizer and schedule go on from one stage to the other.
+    Deviation: as in that code a matrix's squares are averaged, not summed. There is no flow from the stem to the first
+    stage, as a stem is no stage. The student is in train mode throughout, and optimizer and schedule go on from one
+    stage to the other.
 
     Args:
         initial_epochs: Epochs in which it counts, and alone.
@@ -69,6 +70,7 @@ class FSPLoss(StagedLoss):
     needs = frozenset({"features"})
     needs_teacher = True
     trains_classifier = False
+    initial_only = True
 
     def __init__(
         self,
@@ -79,7 +81,6 @@ class FSPLoss(StagedLoss):
     ) -> None:
         super().__init__(student_stages, teacher_stages)
         self.initial_epochs = initial_epochs
-        self.epoch = 0
 
     def attach(self, student: Probe, teacher: Probe | None) -> None:
         assert teacher is not None
@@ -95,16 +96,7 @@ class FSPLoss(StagedLoss):
                     " channels, which must be as many"
                 )
 
-    def on_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    @property
-    def asks_teacher(self) -> bool:
-        return self.epoch < self.initial_epochs
-
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
-        if not self.asks_teacher:
-            return {"fsp": student.logits.new_zeros(())}
         assert teacher is not None
         own, other = zip(*paired(self.pairs, student.features, teacher.features), strict=True)
         return {"fsp": fsp_loss(own, other)}

@@ -27,8 +27,8 @@ def standardised(logits: Tensor) -> Tensor:
     What is left of two networks' logits are their shapes: neither shift nor positive scale of either one matters.
 
     Beware of logits that are constant over the classes, as of a classifier that begins at zero: there the derivative
-    of this is up to 1e7 in each direction, and a gradient of usual size becomes one of a million. Clip the gradients in
-    such a run, or begin with another classifier.
+    of this is up to 1e7 in each direction, and a gradient of usual size becomes one of a million. Nothing here clips
+    it: begin with another classifier.
 
     Source: Sun et al., "Logit Standardization in Knowledge Distillation", 2024, section 4, and the authors' code, from
     which the 1e-7 is.

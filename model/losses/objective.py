@@ -23,6 +23,9 @@ COMBINABLE = frozenset({"logits", "strong_logits"})
 class Objective(nn.Module):
     """The sum of losses, each times its weight in the current epoch; of weight 0, a loss is not computed.
 
+    A loss may begin with a stage of its own (`initial_epochs`) in which no other counts. The others count their epochs,
+    those of their weights too, from its end.
+
     Args:
         losses: By their labels: names, numbered where several are of one name.
         weights: As params.json has them, by the same labels; None is the loss's usual one.
@@ -36,13 +39,11 @@ class Objective(nn.Module):
         super().__init__()
         # What never counts is not even kept: a run with weight 0 is the run without that part.
         weights = {label: resolve_weight(weights[label], loss.usual_weight)[0] for label, loss in losses.items()}
-        curves = {label: create_weight(weights[label], num_epochs) for label in losses}
-        kept = {label: loss for label, loss in losses.items() if ever_counts(curves[label], num_epochs)}
+        kept = {label: loss for label, loss in losses.items() if ever_counts(weights[label])}
         if not kept:
             raise InputError(f"every weight is 0 ({', '.join(losses)}): nothing is left to learn; raise one")
         self.losses = nn.ModuleDict(kept)
         self.weights = {label: weights[label] for label in kept}
-        self.curves: dict[str, Weight] = {label: curves[label] for label in kept}
         stages = {label: loss.initial_epochs for label, loss in kept.items() if loss.initial_epochs}
         if len(stages) > 1:
             raise InputError(f"{' and '.join(stages)} begin with a stage of their own; an objective can have one such")
@@ -50,6 +51,9 @@ class Objective(nn.Module):
         if self.initial_epochs >= num_epochs > 0:
             [label] = stages
             raise InputError(f"{label}: initial_epochs {self.initial_epochs} is not below num_epochs, {num_epochs}")
+        self.curves: dict[str, Weight] = {
+            label: create_weight(self.weights[label], num_epochs - self._before(loss)) for label, loss in kept.items()
+        }
         self.epoch = 0
         idle = next((epoch for epoch in range(max(num_epochs, 1)) if not any(self._counting(epoch))), None)
         if idle is not None:
@@ -124,6 +128,11 @@ class Objective(nn.Module):
         return first
 
     @property
+    def equips(self) -> bool:
+        """Whether a loss gives the student parts that stay with it for good: see `Loss.equip`."""
+        return any(type(loss).equip is not Loss.equip for _, loss in self.parts())
+
+    @property
     def peers(self) -> list[nn.Module]:
         """The nets that learn beside the student."""
         return [peer for _, loss in self.parts() for peer in loss.peers]
@@ -160,33 +169,40 @@ class Objective(nn.Module):
         """Takes note of the epoch, from 0, that begins."""
         self.epoch = epoch
         for _, loss in self.parts():
-            loss.on_epoch(epoch)
+            loss.on_epoch(max(epoch - self._before(loss), 0))
 
-    def _counting(self, epoch: int) -> Iterator[tuple[Loss, float]]:
-        """Yields the losses that count in an epoch, from 0, with their weights in it."""
+    def _before(self, loss: Loss) -> int:
+        """Returns how many epochs are over before a loss may count: those of another one's stage."""
+        return 0 if loss.initial_epochs else self.initial_epochs
+
+    def _counting(self, epoch: int) -> Iterator[tuple[str, Loss, float]]:
+        """Yields the losses that count in an epoch, from 0, with their labels and their weights in it."""
         for label, loss in self.parts():
-            weight = self.curves[label](epoch)
-            if epoch < loss.initial_epochs and loss.initial_weight is not None:
+            first, in_own_stage = self._before(loss), epoch < loss.initial_epochs
+            if epoch < first or (loss.initial_only and not in_own_stage):
+                continue
+            weight = self.curves[label](epoch - first)
+            if in_own_stage and loss.initial_weight is not None:
                 weight = loss.initial_weight
-            alone = epoch < self.initial_epochs  # whoever has a stage of its own
-            if weight and (loss.initial_epochs or not alone):
-                yield loss, weight
+            if weight:
+                yield label, loss, weight
 
     @property
     def asks_teacher(self) -> bool:
         """Whether the teacher's outputs are read in the current epoch."""
-        return any(loss.asks_teacher for loss, _ in self._counting(self.epoch))
+        return any(loss.needs_teacher for _, loss, _ in self._counting(self.epoch))
 
     def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         """Returns the weighted terms, whose sum is the objective.
 
-        Names that occur twice are numbered: `kd`, `kd_2`. The teacher is None where it is not asked in this epoch.
+        Those of a loss whose label has a number have it, too, whatever else counts: `kd`, `kd_2`. The teacher is None
+        where it is not asked in this epoch.
         """
         terms: dict[str, Tensor] = {}
-        for loss, weight in self._counting(self.epoch):
+        for label, loss, weight in self._counting(self.epoch):
             own, other, shown = labelled(student, teacher, batch) if loss.needs_labels else (student, teacher, batch)
-            for name, term in loss(own, other if loss.asks_teacher else None, shown).items():
-                terms[free_name(name, terms)] = term if weight == 1 else weight * term
+            for name, term in loss(own, other if loss.needs_teacher else None, shown).items():
+                terms[free_name(name + number_of(label), terms)] = term if weight == 1 else weight * term
         return terms
 
     def describe(self) -> str:
@@ -198,9 +214,15 @@ class Objective(nn.Module):
         return " + ".join(described)
 
 
-def ever_counts(weight: Weight, num_epochs: int) -> bool:
-    """Tells whether a weight is above 0 in some epoch."""
-    return any(map(weight, range(max(num_epochs, 1))))
+def ever_counts(weight: float | Mapping[str, Any]) -> bool:
+    """Tells whether a complete weight is above 0 in some epoch, be it one that only a longer run would come to."""
+    return any(weight.get(key) for key in ("value", "start", "end")) if isinstance(weight, Mapping) else weight > 0
+
+
+def number_of(label: str) -> str:
+    """Returns the number that tells losses of one name apart: `_2` of `kd_2`, nothing of `kd`."""
+    _, line, number = label.rpartition("_")
+    return line + number if number.isdecimal() else ""
 
 
 def labelled(student: Outputs, teacher: Outputs | None, batch: Batch) -> tuple[Outputs, Outputs | None, Batch]:

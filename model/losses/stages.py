@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
@@ -24,11 +25,11 @@ class StagedLoss(Loss):
         pairs: Which stages meet; `attach` makes it of what `Stages.pairs` returns.
 
     Args:
-        student_stages: The student's, counted from 1; None: those that `Stages.pairs` finds.
+        student_stages: The student's from the first to the last, counted from 1; None: those that `Stages.pairs` finds.
         teacher_stages: The teacher's that they meet, one by one.
 
     Raises:
-        InputError: They are of different lengths, or only one of them is given.
+        InputError: They are of different lengths, only one of them is given, they fall, or a pair is there twice.
     """
 
     def __init__(self, student_stages: list[int] | None, teacher_stages: list[int] | None) -> None:
@@ -36,6 +37,10 @@ class StagedLoss(Loss):
         if len(student_stages or []) != len(teacher_stages or []):
             lists = f"student_stages {student_stages or 'null'} and teacher_stages {teacher_stages or 'null'}"
             raise InputError(f"{lists} are not of one length; name as many stages of both, or of none")
+        pairs = list(zip(student_stages or [], teacher_stages or [], strict=True))
+        if any(later <= pair or later[1] < pair[1] for pair, later in pairwise(pairs)):
+            lists = f"student_stages {student_stages} and teacher_stages {teacher_stages}"
+            raise InputError(f"{lists} do not rise; name the stages from the first to the last, each pair once")
         self.student_stages = student_stages
         self.teacher_stages = teacher_stages
         self.pairs: Pairs = []

@@ -12,12 +12,12 @@ from model.errors import InputError
 from model.registry import Milestones, Problem, Registry, checked_by
 
 Weight = Callable[[int], float]  # of an epoch, from 0
-Amount = Annotated[float, Field(ge=0)]
+Amount = Annotated[float, Field(ge=0, le=1e9)]
 NumEpochs = Annotated[int, Field(ge=1)]
 
 
 def weight_options(*, warmup_epochs: Annotated[int, Field(ge=0)] = 0) -> None:
-    """Options of every weight.
+    """Options of every weight; its epochs are counted from the end of another loss's initial stage, if there is one.
 
     Args:
         warmup_epochs: The weight is multiplied by `epoch / warmup_epochs` in the first ones, counted from 1.
@@ -107,10 +107,10 @@ def create_weight(weight: float | Mapping[str, Any], num_epochs: int) -> Weight:
 
     Args:
         weight: A number, or a complete section of `WEIGHTS`.
-        num_epochs: Of the run.
+        num_epochs: Of the run; after another loss's stage, those that are left.
 
     Raises:
-        InputError: The warm-up is longer than the run.
+        InputError: The warm-up is longer than that.
     """
     if not isinstance(weight, Mapping):
         return lambda epoch: weight
@@ -118,7 +118,7 @@ def create_weight(weight: float | Mapping[str, Any], num_epochs: int) -> Weight:
     curve: Weight = WEIGHTS.create(weight, num_epochs)
     warmup = common["warmup_epochs"]
     if warmup > num_epochs > 0:
-        raise InputError(f"weight.warmup_epochs: {warmup} is above num_epochs, {num_epochs}")
+        raise InputError(f"weight.warmup_epochs: {warmup} is above the {num_epochs} epochs in which it counts")
     return (lambda epoch: curve(epoch) * _done(epoch, warmup)) if warmup else curve
 
 
@@ -126,5 +126,5 @@ def describe_weight(weight: float | Mapping[str, Any]) -> str:
     """Returns a weight as the log has it: a number, or what it does."""
     if not isinstance(weight, Mapping):
         return f"{weight:.4g}"
-    given = ", ".join(f"{key} {value}" for key, value in weight.items() if key != "name" and value not in (None, 0))
-    return f"({weight['name']}: {given})"
+    given = [f"{key} {value}" for key, value in weight.items() if value is not None and key != "name"]
+    return f"({weight['name']}: {', '.join(text for text in given if text != 'warmup_epochs 0')})"

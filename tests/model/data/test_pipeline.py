@@ -7,10 +7,10 @@ import pytest
 import torch
 from helpers import ROOT
 
-from model.data import DATASETS, create, resolve_unlabelled
+from model.data import DATASETS, augmentations, create, resolve_unlabelled
 from model.data.images import Images, Split, ancestor_subset
 from model.data.loader import BatchLoader
-from model.data.pipeline import Data, add_unlabelled, prepare
+from model.data.pipeline import Data, add_unlabelled, make_loader, prepare
 from model.data.stream import StreamLoader
 from model.data.views import Augmentation
 from model.errors import InputError
@@ -409,7 +409,28 @@ def test_images_that_select_the_epoch_are_not_learnt_from_under_another_name():
     again = with_unlabelled(images_of(), data)
     assert not torch.isin(again.unlabelled.indices, data.val.indices).any()
     assert torch.isin(data.train.indices, again.unlabelled.indices).all(), "but the others all are"
-    assert with_unlabelled(images_of((40, 60, 26)), data).unlabelled.num_samples == 126
+    part = torch.cat([data.train.indices[:9], data.val.indices])
+    some = with_unlabelled(images_of(train=images.train.select(part), test=None), data)
+    assert some.unlabelled.num_samples == 9, "in whatever list they stand"
+    assert images.test is not None
+    for own in (data, data_of(images, validate_on="test")):
+        tested = torch.cat([images.test.images, images.train.images[:5]])
+        labels = torch.cat([images.test.labels, images.train.labels[:5]])
+        among = with_unlabelled(images_of(train=Split(tested, labels), test=None), own)
+        assert among.unlabelled.num_samples == 5 - int(torch.isin(own.val.indices, torch.arange(5)).sum()) * (
+            own is data
+        )
+
+
+def test_a_loader_that_draws_image_by_image_takes_them_from_the_cpu_wherever_another_has_moved_them(monkeypatch):
+    here = images_of().train
+    monkeypatch.setattr(Split, "to", lambda self, device: here if device == CPU else pytest.fail("to another device"))
+    moved = Split(here.images.clone(), here.labels)
+    options = {"num_workers": 0, "mean": (0.5,) * 3, "std": (0.5,) * 3, "batch_size": 4, "seed": 0, "device": CPU}
+    sections = augmentations.resolve(["crop", {"name": "rand_augment"}])[0]
+    loader = make_loader(moved, sections, indices=torch.arange(8), **options)
+    assert isinstance(loader, StreamLoader)
+    assert loader.split is here
 
 
 def test_unlabelled_images_change_the_fingerprint():

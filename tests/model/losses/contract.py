@@ -239,7 +239,7 @@ class Ready:
                 student = replace(student, peer_logits=tuple(peer(batch.images).float() for peer in self.loss.peers))
         if minimal:
             student, teacher = only(student, self.loss.needs), only(teacher, self.loss.teacher_needs)
-        return as_leaves(student), detached(teacher) if self.loss.asks_teacher else None, batch
+        return as_leaves(student), detached(teacher) if self.loss.needs_teacher else None, batch
 
     def terms(self, *inputs: Any, seed: int = 0) -> dict[str, Tensor]:
         seeded(seed)  # for a loss that draws
@@ -281,8 +281,9 @@ class Case:
         return Ready(loss, equipped.eval(), teacher, self.pair, classes, bool(parts))
 
     def epochs(self) -> list[int]:
-        """Returns an epoch of each stage that the loss has."""
-        return sorted({0, self.make().initial_epochs})
+        """Returns an epoch of each stage in which the loss counts."""
+        loss = self.make()
+        return sorted({0, 0 if loss.initial_only else loss.initial_epochs})
 
     def stages(self) -> list[Case]:
         return [replace(self, epoch=epoch) for epoch in self.epochs()]
@@ -455,7 +456,7 @@ def check_nothing_reaches_the_teacher(case: Case, freeze: Callable[[nn.Module], 
     outputs = answers(functools.partial(outputs_of, freeze(net)), batch, ready.loss.needs)
     assert not any(tensor.requires_grad for tensor in tensors_of(outputs))
     outputs = only(outputs, ready.loss.teacher_needs)
-    backward(total(ready.terms(student, outputs if ready.loss.asks_teacher else None, batch)))
+    backward(total(ready.terms(student, outputs if ready.loss.needs_teacher else None, batch)))
     assert [name for name, parameter in net.named_parameters() if parameter.grad is not None] == []
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
@@ -576,7 +577,7 @@ def check_classes_have_no_order(case: Case) -> None:
 def check_of_the_teacher_it_reads_probabilities_if_it_says_so(case: Case) -> None:
     """Of a loss with a temperature for the teacher: a constant added to all logits of a sample changes nothing."""
     one, other = case.ready(), case.ready()
-    if not one.loss.asks_teacher or "logits" not in one.loss.needs or one.loss.teacher_temperature is None:
+    if not one.loss.needs_teacher or "logits" not in one.loss.needs or one.loss.teacher_temperature is None:
         return
     before = one.values(*in_float64(one, one.inputs()))
     student, teacher, batch = in_float64(other, other.inputs())

@@ -98,20 +98,6 @@ def test_maps_of_another_shape_pass_a_convolution_with_batch_norm() -> None:
     assert value.item() == pytest.approx(first / 2 + second, rel=1e-10)
 
 
-# --- the stage of its own ---------------------------------------------------------------------------------
-
-
-def test_it_counts_in_the_first_epochs_only() -> None:
-    loss = loss_of([(3, 4, 4)], [(3, 4, 4)], initial_epochs=2)
-    student, teacher = outputs(noise(3, 3, 4, 4)), outputs(noise(3, 3, 4, 4, seed=1))
-    values = []
-    for epoch in (0, 1, 2, 3):
-        loss.on_epoch(epoch)
-        values.append(loss(student, teacher, batch_of(torch.arange(3)))["ab"].item())
-    assert values[0] == values[1] > 0
-    assert values[2:] == [0, 0]
-
-
 # --- options ----------------------------------------------------------------------------------------------
 
 

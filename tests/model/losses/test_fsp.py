@@ -89,22 +89,6 @@ def test_nets_of_other_sizes_have_comparable_flows() -> None:
     assert value.item() == pytest.approx(((expected[0] - expected[1]) ** 2).mean(), rel=1e-12)
 
 
-# --- the stage of its own ---------------------------------------------------------------------------------
-
-
-def test_it_counts_in_the_first_epochs_only() -> None:
-    shapes: list[Shape] = [(4, 8, 8), (6, 4, 4)]
-    loss = loss_of(shapes, shapes, initial_epochs=2)
-    student = outputs(noise(3, 4, 8, 8), noise(3, 6, 4, 4))
-    teacher = outputs(noise(3, 4, 8, 8, seed=2), noise(3, 6, 4, 4, seed=3))
-    values = []
-    for epoch in (0, 1, 2, 3):
-        loss.on_epoch(epoch)
-        values.append(loss(student, teacher, batch_of(torch.arange(3)))["fsp"].item())
-    assert values[0] == values[1] > 0
-    assert values[2:] == [0, 0]
-
-
 # --- options ----------------------------------------------------------------------------------------------
 
 

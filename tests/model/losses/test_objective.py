@@ -64,9 +64,10 @@ class Counting(Loss):
 class Beginning(Counting):
     """Has a stage of its own."""
 
-    def __init__(self, epochs: int = 2) -> None:
+    def __init__(self, epochs: int = 2, initial_only: bool = False) -> None:
         super().__init__()
         self.initial_epochs = epochs
+        self.initial_only = initial_only
 
 
 # --- the sum ------------------------------------------------------------------------------------------------
@@ -94,6 +95,15 @@ def test_two_losses_of_one_name_have_two_labels_and_two_terms() -> None:
     terms = objective_of({**KD, "temperature": 1.0}, {**KD, "temperature": 8.0})(student, teacher, batch)
     assert list(terms) == ["kd", "kd_2"]
     assert terms["kd"].item() != terms["kd_2"].item()
+
+
+def test_a_term_keeps_its_name_when_the_other_of_that_name_counts_no_more() -> None:
+    student, teacher, batch = inputs()
+    off = {"name": "step", "milestones": [1], "gamma": 0.0, "value": 1.0}
+    objective = objective_of({**KD, "temperature": 1.0, "weight": off}, {**KD, "temperature": 8.0})
+    before = objective(student, teacher, batch)["kd_2"].item()
+    objective.on_epoch(1)
+    assert values_of(objective(student, teacher, batch)) == {"kd_2": before}
 
 
 def test_a_weight_that_is_a_function_of_the_epoch_follows_it() -> None:
@@ -143,7 +153,7 @@ def test_a_stage_of_its_own_leaves_the_other_losses_out() -> None:
         objective.on_epoch(epoch)
         objective(student, teacher, batch)
     assert (first.calls, other.calls) == (4, 2)
-    assert (first.epoch, other.epoch) == (3, 3)
+    assert (first.epoch, other.epoch) == (3, 1), "each from when it may count"
 
 
 # --- labels -------------------------------------------------------------------------------------------------
@@ -218,6 +228,46 @@ def test_two_stages_of_their_own_are_refused() -> None:
 
 def test_a_stage_of_its_own_must_end_before_training_does() -> None:
     assert refusal({"ab": Beginning(5)}) == "ab: initial_epochs 5 is not below num_epochs, 5"
+
+
+def test_after_its_stage_a_loss_that_gives_nothing_more_is_left_out() -> None:
+    student, teacher, batch = inputs()
+    for only, later in ((False, {"ce", "counting"}), (True, {"ce"})):
+        objective = Objective({"ce": LOSSES.create(CE), "b": Beginning(2, only)}, {"ce": 1.0, "b": 1.0}, 5)
+        for epoch, expected in ((1, {"counting"}), (2, later), (4, later)):
+            objective.on_epoch(epoch)
+            assert {*objective(student, teacher, batch)} == expected
+            assert objective.asks_teacher == ("counting" in expected)
+
+
+def test_the_others_count_their_epochs_and_those_of_their_weights_from_the_end_of_a_stage() -> None:
+    student, teacher, batch = inputs()
+    other, warm = Counting(), {"name": "constant", "value": 1.0, "warmup_epochs": 2}
+    weights = {"b": 1.0, "c": warm, "ce": {"name": "linear", "start": 0.0, "end": 1.0}}
+    objective = Objective({"b": Beginning(3, True), "c": other, "ce": LOSSES.create(CE)}, weights, 7)
+    whole = other(student, teacher, batch)["counting"].item()
+    for epoch, own, share, rising in ((0, 0, None, None), (3, 0, 0.5, 0.25), (4, 1, 1.0, 0.5), (6, 3, 1.0, 1.0)):
+        objective.on_epoch(epoch)
+        assert other.epoch == own
+        terms = values_of(objective(student, teacher, batch))
+        if share is not None:
+            labels = F.cross_entropy(student.logits, batch.labels).item()
+            assert terms == pytest.approx({"counting": share * whole, "ce": rising * labels})
+    with pytest.raises(InputError, match="warmup_epochs: 2 is above the 1 epochs in which it counts"):
+        Objective({"b": Beginning(3), "c": other}, {"b": 1.0, "c": warm}, 4)
+
+
+def test_when_nothing_is_left_to_count_after_a_stage_that_is_refused() -> None:
+    off = {"name": "step", "value": 1.0, "milestones": [2], "gamma": 0.0}
+    with pytest.raises(InputError, match="in epoch 6 of 7 every weight is 0"):
+        Objective({"b": Beginning(3, True), "ce": LOSSES.create(CE)}, {"b": 1.0, "ce": off}, 7)
+
+
+def test_a_weight_that_ends_at_0_leaves_a_loss_that_a_longer_run_goes_on_with() -> None:
+    for num_epochs in (1, 2):
+        falling = {"name": "linear", "start": 1.0, "end": 0.0}
+        objective = Objective({"ce": LOSSES.create(CE), "c": Counting()}, {"ce": 1.0, "c": falling}, num_epochs)
+        assert [label for label, _ in objective.parts()] == ["ce", "c"]
 
 
 def test_parts_for_the_student_come_from_one_loss() -> None:

@@ -546,15 +546,15 @@ def test_trap_16_a_way_of_sampling_that_nobody_has_run() -> None:
 
 
 class ComputesAll(Objective):
-    def _counting(self, epoch: int) -> Iterator[tuple[Loss, float]]:
+    def _counting(self, epoch: int) -> Iterator[tuple[str, Loss, float]]:
         for label, loss in self.parts():
-            yield loss, self.curves[label](epoch)
+            yield label, loss, self.curves[label](epoch)
 
 
 def test_trap_20_a_term_that_is_computed_although_its_weight_is_0(monkeypatch: pytest.MonkeyPatch) -> None:
     with rejected():
         hold(KL, lambda case: check_with_weight_0_it_is_not_computed(case, ComputesAll))
-    monkeypatch.setattr(objective, "ever_counts", lambda weight, num_epochs: True)
+    monkeypatch.setattr(objective, "ever_counts", lambda weight: True)
     with rejected():
         hold(KL, lambda case: check_it_is_linear_in_its_weight_down_to_0(case, ComputesAll))
 
@@ -582,9 +582,9 @@ class OnlyInItsStage(KL):
 
 
 class UnweightedInItsStage(Objective):
-    def _counting(self, epoch: int) -> Iterator[tuple[Loss, float]]:
-        for loss, weight in super()._counting(epoch):
-            yield loss, 1.0 if epoch < self.initial_epochs else weight
+    def _counting(self, epoch: int) -> Iterator[tuple[str, Loss, float]]:
+        for label, loss, weight in super()._counting(epoch):
+            yield label, loss, 1.0 if epoch < self.initial_epochs else weight
 
 
 def test_trap_21_a_weight_without_effect() -> None:

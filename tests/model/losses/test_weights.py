@@ -84,7 +84,7 @@ def test_a_resolved_weight_is_complete_and_stays_as_it_is() -> None:
 
 
 def test_a_warm_up_that_is_longer_than_the_run_is_refused() -> None:
-    with pytest.raises(InputError, match="warmup_epochs: 20 is above num_epochs, 10"):
+    with pytest.raises(InputError, match="warmup_epochs: 20 is above the 10 epochs in which"):
         values_of({"name": "constant", "warmup_epochs": 20}, 10)
 
 
@@ -94,6 +94,8 @@ def test_a_description_says_what_the_weight_does() -> None:
     constant, _ = resolve_weight({"name": "constant", "warmup_epochs": 3}, 7.0)
     assert describe_weight(linear) == "(linear: start 0.5, end 2.0)"
     assert describe_weight(constant) == "(constant: value 7.0, warmup_epochs 3)"
+    off, _ = resolve_weight({"name": "step", "milestones": [2], "gamma": 0, "value": 3.0})
+    assert describe_weight(off) == "(step: milestones [2], gamma 0.0, value 3.0)", "a 0 says something, too"
 
 
 def test_the_names_are_those_of_the_documentation() -> None:
