@@ -148,7 +148,7 @@ class FileSplit:
             digest.update(repr(file).encode())
 
     def keys(self, indices: Tensor) -> Iterator[bytes]:
-        """Yields what tells each of the files at `indices` from others: its path, links in the folder's own resolved."""
+        """Yields what tells each of the files at `indices` from others: its path, in the folder that links lead to."""
         folder = os.fsencode(Path(self.folder).resolve())
         for path in self.paths[indices.numpy()].tolist():
             yield folder + b"/" + path

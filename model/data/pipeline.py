@@ -194,8 +194,8 @@ def add_unlabelled(splits: Data, images: Images | None, name: str, options: dict
 
     Args:
         splits: The labelled data.
-        images: Their training split is taken, but for what the run validates or is tested on; None: that of the labelled
-            data, but for what is trained on, too.
+        images: Their training split is taken, but for what the run validates or is tested on; None: that of the
+            labelled data, but for what is trained on, too.
         name: What to call them.
         options: As `unlabelled_options` describes them.
 
@@ -213,9 +213,7 @@ def add_unlabelled(splits: Data, images: Images | None, name: str, options: dict
     # No image may be learnt from that selects an epoch or scores the net, wherever else it lies.
     held_out = [(loader.split, loader.indices) for loader in (splits.val, splits.test) if loader is not None]
     if isinstance(split, FileSplit) != isinstance(train.split, FileSplit):
-        line = (
-            "unlabelled: only one of it and the dataset is streamed, so validation images among it would not be found"
-        )
+        line = "unlabelled: only one of it and dataset is streamed, so that validation images would not be found there"
         raise InputError(f"{line}; stream both or neither", "data")
     known = {key for other, positions in held_out for key in other.keys(positions)}
     indices = indices[torch.tensor([key not in known for key in split.keys(indices)], dtype=torch.bool)]
@@ -238,7 +236,8 @@ def add_unlabelled(splits: Data, images: Images | None, name: str, options: dict
     )
     digest = hashlib.sha256(f"{splits.fingerprint} unlabelled".encode())
     split.update(digest, indices)
-    line = f"{splits.summary}; {len(indices):,} unlabelled images of {name}, {min(options['batch_size'], len(indices))} to a step"
+    at_once = min(options["batch_size"], len(indices))
+    line = f"{splits.summary}; {len(indices):,} unlabelled images of {name}, {at_once} to a step"
     return replace(splits, unlabelled=loader, fingerprint=digest.hexdigest(), summary=line)
 
 

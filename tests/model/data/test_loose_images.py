@@ -44,6 +44,32 @@ def test_they_come_to_the_steps_of_a_run_as_unlabelled(folder: Path) -> None:
     assert (len(batch.images), len(batch.labels)) == (11, 8), "a last batch of one is joined to the one before it"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_images_that_a_run_validates_or_is_tested_on_are_not_among_them(tmp_path: Path, stream: bool) -> None:
+    for number in range(30):
+        split = "test" if number < 6 else "train"
+        path = tmp_path / split / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (8 * number,) * 3).save(path)
+    options = {"image_size": 16, "stream": stream, "num_workers": 0, "augmentation": "none"}
+    section, problems = DATASETS.resolve(
+        {"name": "image_folder", "data_dir": str(tmp_path), "batch_size": 4, **options}
+    )
+    extra, more = resolve_unlabelled({"name": "loose_images", "data_dir": str(tmp_path), "batch_size": 4, **options})
+    assert [*problems, *more] == []
+    splits = create(section, seed=0, device=CPU, unlabelled=extra)
+    assert splits.val.num_samples == 2
+    assert splits.unlabelled is not None
+    assert splits.unlabelled.num_samples == 30 - 6 - 2
+    greys, held_out = (
+        {image.min().item() for batch in loader.epoch(0) for image in batch.images}
+        for loader in (splits.unlabelled, splits.val)
+    )
+    assert not greys & held_out
+    with pytest.raises(InputError, match="only one of it and dataset is streamed"):
+        create(section, seed=0, device=CPU, unlabelled={**extra, "stream": not stream})
+
+
 def test_they_are_no_task_of_their_own(folder: Path) -> None:
     section, problems = DATASETS.resolve({"name": "loose_images", "data_dir": str(folder)})
     assert problems == []
