@@ -33,7 +33,7 @@ from model.outputs import Batch, Outputs
 from process import log, run_main, set_logger
 from sources import AND, load_teacher_checkpoints
 from teaching import complete
-from utils import OK, Params, RunError, read_json, teachers_of, write_file, write_json
+from utils import OK, Params, RunError, apply_overrides, read_json, teachers_of, write_file, write_json
 
 
 def parse_args() -> argparse.Namespace:
@@ -80,7 +80,7 @@ def open_split(
         RunError: These are not the classes, images or sizes that it was trained on.
     """
     constants = state["net"] or net_record(state["params"], {})
-    given = [override.partition("=")[0] for override in args.overrides]
+    given = apply_overrides(copy.deepcopy(state["params"]), args.overrides)  # the whole keys of what may be short
     for constant in ("mean", "std"):  # the net's own, whatever the images it is tried on
         if constant in constants and f"dataset.{constant}" not in given:
             params.dataset[constant] = constants[constant]

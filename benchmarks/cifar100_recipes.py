@@ -101,9 +101,9 @@ def ce(weight: float = 1.0) -> Section:
     return {"name": "ce", "weight": weight}
 
 
-def stages(teacher: str, student: str) -> Section:
-    """Returns which stages meet, where that is not all of both."""
-    if teacher not in STAGES and student not in STAGES:
+def stages(teacher: str, student: str, always: bool = False) -> Section:
+    """Returns which stages meet, where that is not all of both; or always, for a method that would pair by size."""
+    if teacher not in STAGES and student not in STAGES and not always:
         return {}
     return {"student_stages": STAGES.get(student, [1, 2, 3]), "teacher_stages": STAGES.get(teacher, [1, 2, 3])}
 
@@ -145,7 +145,7 @@ def methods(teacher: str, student: str) -> dict[str, list[Section]]:
         "fsp": [ce(), {"name": "fsp", "weight": 1.0, "initial_epochs": INITIAL_EPOCHS}],
         # mdistiller: DKD.CE_WEIGHT, ALPHA, BETA, T and WARMUP; OFD.LOSS.
         "dkd": [ce(), {"name": "dkd", "alpha": 1.0, "beta": beta, "temperature": 4.0, "weight": warming(1.0)}],
-        "overhaul": [ce(), {"name": "overhaul", "weight": 1e-3, **these}],
+        "overhaul": [ce(), {"name": "overhaul", "weight": 1e-3, **stages(*pair, always=True)}],
         "reviewkd": [ce(), {"name": "reviewkd", "weight": warming(REVIEWKD_WEIGHT.get(pair, 0.0))}],
         # hunto/image_classification_sota, the CIFAR-100 strategies of DIST.
         "dist": [ce(), {"name": "dist", "weight": 2.0, "beta": 1.0, "gamma": 1.0, "temperature": 4.0}],

@@ -147,10 +147,12 @@ def answers(run: Callable[[Tensor, frozenset[str]], Outputs], batch: Batch, need
 
 
 def outputs_of(net: nn.Module, images: Tensor, needs: frozenset[str]) -> Outputs:
-    """Runs a net and returns what a loss needs of it, in float32."""
+    """Runs a net and returns what a loss needs of it, in float32; what it does not need is let go of at once."""
     if needs <= {"logits"}:
         return Outputs(net(images).float())
-    return features_of(net, images).float()
+    told = features_of(net, images)
+    features, preacts = (getattr(told, name) if name in needs else () for name in ("features", "preacts"))
+    return Outputs(told.logits, features, preacts, told.embedding if "embedding" in needs else None).float()
 
 
 def features_of(net: nn.Module, images: Tensor) -> Outputs:

@@ -240,6 +240,7 @@ _SENTENCES = {
     "bool_type": "expected true or false, got {input}",
     "string_type": "expected text, got {input}",
     "list_type": "expected a list, got {input}",
+    "dict_type": 'expected {{"name": ..., options}}, got {input}',
     "too_short": "{input} has fewer than {min_length} elements",
     "string_too_short": "the text is empty",
     "literal_error": "{input} is not one of {expected}",

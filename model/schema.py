@@ -206,13 +206,17 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[Problem]:
     except InputError as error:
         yield "loss", str(error)
         return
-    names = " and ".join(repr(name) for name in sections_of(values["loss"]))
+    silent = {*sections_of(values["loss"])} - {label for label, _ in objective.parts()}
+    names = " and ".join(f"{label!r}{' (weight 0)' * (label in silent)}" for label in sections_of(values["loss"]))
     taught = " and ".join(repr(label) for label, part in objective.parts() if part.needs_teacher)
     if objective.needs_teacher and values["teacher"] is None:
         text = f'loss {taught} needs a teacher; add "teacher": "experiments/<its directory>"'
         yield "teacher", text
     yield from _contradictions_of_several(values, objective)
     kept = [key for key, section in _teachers(values) if section["cache"] != "off"]
+    for key, section in _teachers(values):
+        if section["top_k"] and section["cache"] == "off":
+            yield f"{key}.top_k", 'is of answers that are kept; set cache to "lazy" or "full", or remove it'
     if objective.needs_teacher and not objective.can_be_stored:
         text = f'loss {taught} needs more of the teacher than can be kept in files; set it to "off"'
         yield from ((f"{key}.cache", text) for key in kept)
@@ -232,7 +236,7 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[Problem]:
         yield "schedule.metric", "val.loss is another function in other epochs here; take val.accuracy"
     if values["unlabelled"] is not None:
         if objective.needs_labels:
-            yield "unlabelled", f"loss {names} has no use for images without labels; add one that has, such as kd"
+            yield "unlabelled", f"loss {names} has no use for images without labels; give one that has a weight"
         for key in kept:
             yield f"{key}.cache", 'answers for unlabelled images cannot be kept; set it to "off"'
         if values["dataset"]["second_augmentation"] is not None:

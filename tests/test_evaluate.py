@@ -218,6 +218,16 @@ def test_images_are_normalised_as_the_net_was_trained(script: Script, make_exper
     assert scores["overrides"] == ["dataset.noise=0.9", "dataset.data_seed=5"]
 
 
+def test_another_mean_is_used_however_short_its_key(script: Script, make_experiment: Make) -> None:
+    folder = make_experiment(num_epochs=4)
+    script(train, "--model_dir", folder)
+    found = []
+    for override in ("mean=[0.1,0.9,0.1]", "dataset.mean=[0.1,0.9,0.1]", "seed=1"):
+        assert script(evaluate, "--model_dir", folder, "--overrides", override).status == 0
+        found.append(json.loads((folder / "metrics_test_best_weights.json").read_text())["cross_entropy"])
+    assert found[0] == found[1] != found[2]
+
+
 def test_another_validation_split_than_the_runs_is_refused(script: Script, make_experiment: Make) -> None:
     folder = make_experiment()
     script(train, "--model_dir", folder)

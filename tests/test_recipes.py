@@ -299,11 +299,13 @@ def test_the_maps_of_repdistiller_meet(teacher: str, student: str) -> None:
         [shown.outputs.features[stage - 1].shape[1] for stage in stages]
         for shown, stages in zip(probes, chosen, strict=True)
     ] == expected
-    for method in ("vid", "nst", "ab", "overhaul"):
+    for method in ("vid", "nst", "ab", "overhaul", "fsp"):
         if f"{teacher}_to_{student}/{method}" in recipes():
-            own = params(f"{teacher}_to_{student}/{method}")
-            for key in ("student_stages", "teacher_stages"):
-                assert own[f"loss.{method}.{key}"] == params(f"{teacher}_to_{student}/at")[f"loss.at.{key}"]
+            values, _ = schema.resolve(recipes()[f"{teacher}_to_{student}/{method}"])
+            other = create_objective(values["loss"], values["num_epochs"])
+            other.attach(*probes)
+            pairs = other.losses[method].pairs
+            assert [*zip(*pairs, strict=True)] == chosen or (method, student) == ("fsp", "vgg8"), method
     own = params(f"{teacher}_to_{student}/fitnets")
     hints = [own[f"loss.fitnets.{key}"] for key in ("student_stage", "teacher_stage")]
     found = [shown.outputs.features[stage - 1].shape[1] for shown, stage in zip(probes, hints, strict=True)]

@@ -473,6 +473,14 @@ def test_whatever_a_run_trains_with_it_resumes_exactly(
     assert schedules[0] == schedules[1]
 
 
+def test_a_frozen_student_may_learn_by_a_projector(script: Script, make_student: Make) -> None:
+    frozen = {"width": 4, "freeze": ["conv1", "bn1", "conv2", "bn2"]}
+    folder = make_student("run", loss={"name": "simkd"}, student=frozen)
+    assert script(train, "--model_dir", folder).status == 0
+    first, last = (record["train"]["simkd"] for record in read_journal(folder))
+    assert last < first
+
+
 def test_no_epoch_of_a_losss_own_stage_is_the_best_or_counts_for_plateau(script: Script, make_student: Make) -> None:
     schedule = {"name": "plateau", "patience": 0, "factor": 0.5, "metric": "val.accuracy", "threshold": 0.99}
     loss = [{"name": "ce"}, {"name": "ft", "initial_epochs": 3}]

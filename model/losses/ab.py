@@ -61,6 +61,7 @@ class ABLoss(StagedLoss):
     needs = frozenset({"preacts"})
     needs_teacher = True
     trains_classifier = False
+    ordered = True
     initial_only = True
     least_at_teacher = False
 

@@ -70,6 +70,7 @@ class FSPLoss(StagedLoss):
     needs = frozenset({"features"})
     needs_teacher = True
     trains_classifier = False
+    ordered = True
     initial_only = True
 
     def __init__(

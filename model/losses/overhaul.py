@@ -88,7 +88,8 @@ class OverhaulLoss(StagedLoss):
 
     Args:
         teacher_statistics: In training the teacher's batch norms normalise with the statistics of the `batch`, as the
-            authors advise, or with their own `running` ones. Validation always uses the latter.
+            authors advise, or with their own `running` ones. Validation always uses the latter. Of several processes
+            each has the statistics of its own part of the batch.
         student_stages: The student's stages from the first to the last, counted from 1; null: the last stage of every
             map size that both nets have.
         teacher_stages: The teacher's stages that they meet, whose maps are not smaller; null as before.
@@ -98,6 +99,7 @@ class OverhaulLoss(StagedLoss):
     needs_teacher = True
     usual_weight = 1e-3
     trains_classifier = False
+    ordered = True
     least_at_teacher = False  # the connectors begin with random weights
 
     def __init__(

@@ -103,6 +103,7 @@ class ReviewKDLoss(StagedLoss):
     needs_teacher = True
     usual_weight = 5.0
     trains_classifier = False
+    ordered = True
     least_at_teacher = False
 
     def __init__(

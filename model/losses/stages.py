@@ -22,15 +22,18 @@ class StagedLoss(Loss):
     """A loss that compares stages, of which a subclass has the options.
 
     Attributes:
+        ordered: Whether the pairs must be named from the first to the last.
         pairs: Which stages meet; `attach` makes it of what `Stages.pairs` returns.
 
     Args:
-        student_stages: The student's from the first to the last, counted from 1; None: those that `Stages.pairs` finds.
+        student_stages: The student's, counted from 1; None: those that `Stages.pairs` finds.
         teacher_stages: The teacher's that they meet, one by one.
 
     Raises:
-        InputError: They are of different lengths, only one of them is given, they fall, or a pair is there twice.
+        InputError: They are of different lengths, only one of them is given, a pair is there twice, or they fall.
     """
+
+    ordered: bool = False
 
     def __init__(self, student_stages: list[int] | None, teacher_stages: list[int] | None) -> None:
         super().__init__()
@@ -38,9 +41,11 @@ class StagedLoss(Loss):
             lists = f"student_stages {student_stages or 'null'} and teacher_stages {teacher_stages or 'null'}"
             raise InputError(f"{lists} are not of one length; name as many stages of both, or of none")
         pairs = list(zip(student_stages or [], teacher_stages or [], strict=True))
-        if any(later <= pair or later[1] < pair[1] for pair, later in pairwise(pairs)):
-            lists = f"student_stages {student_stages} and teacher_stages {teacher_stages}"
-            raise InputError(f"{lists} do not rise; name the stages from the first to the last, each pair once")
+        lists = f"student_stages {student_stages} and teacher_stages {teacher_stages}"
+        if len({*pairs}) < len(pairs):
+            raise InputError(f"{lists} have a pair twice; name each once")
+        if self.ordered and any(a > c or b > d for (a, b), (c, d) in pairwise(pairs)):
+            raise InputError(f"{lists} do not rise; name the stages from the first to the last")
         self.student_stages = student_stages
         self.teacher_stages = teacher_stages
         self.pairs: Pairs = []

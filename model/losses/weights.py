@@ -98,7 +98,7 @@ def resolve_weight(
 
 
 Weighting = Annotated[
-    Amount | dict[str, Any] | None, checked_by(resolve_weight, 'a number of at least 0, or {"name": ..., options}')
+    Amount | dict[str, Any] | None, checked_by(resolve_weight, 'a number from 0 to 1e9, or {"name": ..., options}')
 ]
 
 

@@ -94,8 +94,13 @@ def mismatch_of(error: RuntimeError) -> str:
     return text if len(text) <= 300 else f"{text[:300]} ..."
 
 
-def freeze(net: nn.Module, section: Mapping[str, Any]) -> list[nn.Module]:
+def freeze(net: nn.Module, section: Mapping[str, Any], whole: nn.Module | None = None) -> list[nn.Module]:
     """Excludes the parameters of the modules that a resolved section's `freeze` names from training.
+
+    Args:
+        net: As the section makes it.
+        section: The resolved `student` section.
+        whole: What is trained, if that is more than the net.
 
     Returns:
         The batch norms that are to stay in eval mode.
@@ -109,7 +114,7 @@ def freeze(net: nn.Module, section: Mapping[str, Any]) -> list[nn.Module]:
             known = suggest(path, [name for name, _ in net.named_children()])
             raise InputError(f"student.freeze: net {section['name']!r} has no module {path!r}; {known}")
         modules[path].requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in net.parameters()):
+    if not any(parameter.requires_grad for parameter in (whole or net).parameters()):
         raise InputError(f"student.freeze: {section['freeze']} leaves nothing to learn; freeze less")
     return [m for m in modules.values() if section["freeze_bn"] and isinstance(m, nn.modules.batchnorm._BatchNorm)]
 

@@ -590,8 +590,8 @@ def check_of_the_teacher_it_reads_probabilities_if_it_says_so(case: Case) -> Non
 # --- the contract: numbers ------------------------------------------------------------------------------------
 
 
-def extremes(student: Outputs, teacher: Outputs) -> Iterator[tuple[Outputs, Outputs]]:
-    """Yields gaps of 200 between logits, constant logits, maps of zeros and embeddings of zeros."""
+def extremes(student: Outputs, teacher: Outputs, size: float = 200.0) -> Iterator[tuple[Outputs, Outputs]]:
+    """Yields gaps of a size between logits, constant logits, maps of zeros and embeddings of zeros."""
 
     def said(outputs: Outputs, logits: Tensor, peers: Tensor) -> Outputs:
         strong = None if outputs.strong_logits is None else logits
@@ -599,7 +599,7 @@ def extremes(student: Outputs, teacher: Outputs) -> Iterator[tuple[Outputs, Outp
 
     constant = torch.zeros_like(teacher.logits)
     gap = constant.clone()
-    gap[:, 0] = 200
+    gap[:, 0] = size
     for own, other in ((gap, -gap), (-gap, gap), (gap, gap), (gap, constant), (constant, gap), (constant, constant)):
         yield said(student, own, other), said(teacher, other, other)
     empty, missing = (outputs.map(lambda t: torch.zeros_like(t)) for outputs in (student, teacher))
@@ -612,12 +612,21 @@ def same_shapes(one: Outputs, other: Outputs) -> bool:
     return [t.shape for t in tensors_of(first)] == [t.shape for t in tensors_of(second)]
 
 
+def temperatures_of(loss: Loss) -> list[float]:
+    """Returns the defaults of the options that sound like temperatures, and what a required one is given."""
+    named = {name: default for name, (_, default) in options_of(type(loss)).items() if "temperature" in name}
+    found = [USUAL["temperature"] if default is ... else default for default in named.values()]
+    return [float(value) for value in found if isinstance(value, int | float) and not isinstance(value, bool)]
+
+
 def check_loss_and_gradient_are_finite_at_the_extremes(case: Case) -> None:
-    for size, classes in ((BATCH, CLASSES), (BATCH, 2), (1, 2)):
+    # A temperature makes a gap small, which another user's does not.
+    hottest = max([1.0, *temperatures_of(case.make())])
+    for size, classes, gap in itertools.product((BATCH, 1), (CLASSES, 2), (200.0, 200.0 * hottest)):
         ready = case.ready(classes)
         ready.loss.train(size > 1)  # one occurs in validation only: batch norm cannot train on it
         student, teacher, batch = ready.inputs(size)
-        for own, other in extremes(detached(student), teacher or detached(student)):
+        for own, other in extremes(detached(student), teacher or detached(student), gap):
             leaves = as_leaves(own)
             ready.loss.zero_grad()
             value = total(ready.terms(leaves, detached(other) if teacher else None, batch))

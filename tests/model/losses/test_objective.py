@@ -334,7 +334,7 @@ def test_resolving_a_result_changes_nothing() -> None:
         ([{"name": "ce"}, {"name": "kdd"}], "kdd.name", "did you mean 'kd'?"),
         ([{"name": "ce"}, {**BLEND, "temperature": 0}], "kd.temperature", "0 is not above 0"),
         ([{"name": "ce"}, BLEND, {**BLEND, "alpha": 2}], "kd_2.alpha", "2 is above 1"),
-        ([{"name": "ce", "weight": -1}, BLEND], "ce.weight", "expected a number of at least 0, or"),
+        ([{"name": "ce", "weight": -1}, BLEND], "ce.weight", "expected a number from 0 to 1e9, or"),
         ([{"name": "ce", "weight": {"name": "linear", "start": 0}}, BLEND], "ce.weight.end", "is missing"),
         ([{"name": "ce"}, 3], "1", "expected {"),
         ({"name": "kd", "alpha": 0.5, "temperature": 4.0, "weigth": 2}, "weigth", "did you mean 'weight'?"),

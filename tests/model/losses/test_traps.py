@@ -291,6 +291,18 @@ class LogOfSoftmax(KL):
         return {"kl": (other * (other.log() - own.log())).sum(1).mean()}
 
 
+class LogOfSoftmaxAtATemperature(KL):
+    """Safe at its own temperature, and at no other."""
+
+    def __init__(self, *, temperature: float = 4.0) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Terms:
+        own, other = ((logits / self.temperature).softmax(1) for logits in logits_of(student, teacher))
+        return {"kl": (other * (other.log() - own.log())).sum(1).mean()}
+
+
 class SubtractsAThousand(KL):
     """DKD with sums of probabilities, and a number that is large enough, as it was hoped."""
 
@@ -305,7 +317,7 @@ class SubtractsAThousand(KL):
         return {"dkd": target + F.kl_div(rest[0].log_softmax(1), rest[1].softmax(1), reduction="batchmean")}
 
 
-@pytest.mark.parametrize("broken", [LogOfSoftmax, SubtractsAThousand])
+@pytest.mark.parametrize("broken", [LogOfSoftmax, LogOfSoftmaxAtATemperature, SubtractsAThousand])
 def test_trap_8_logarithms_of_what_has_become_0(broken: type[Loss]) -> None:
     with rejected():
         hold(broken, check_loss_and_gradient_are_finite_at_the_extremes)
