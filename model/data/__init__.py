@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from model.data.pipeline import Data, add_unlabelled, pipeline_options, prepare, unlabelled_options
+from model.errors import InputError
 from model.plugins import import_all
 from model.registry import Problem, Registry, check_options, options_of
 
@@ -38,7 +39,11 @@ def create(
     if unlabelled is None:
         return splits
     own = {key: value for key, value in unlabelled.items() if key not in options_of(unlabelled_options)}
-    images = None if unlabelled["name"] == REST else DATASETS.create(own)
+    try:
+        images = None if unlabelled["name"] == REST else DATASETS.create(own)
+    except InputError as error:
+        line = str(error)
+        raise InputError(line if line.startswith("unlabelled") else f"unlabelled: {line}", error.reason) from error
     return add_unlabelled(splits, images, unlabelled["name"], {k: v for k, v in unlabelled.items() if k not in own})
 
 
