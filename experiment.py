@@ -529,7 +529,7 @@ class Follower(Experiment):
         with self.stop:
             yield None
 
-    def record(self, *_: Any) -> bool:
+    def record(self, *_: Any, **__: Any) -> bool:
         return False
 
     def save(self, state: Mapping[str, Any]) -> None:

@@ -214,9 +214,6 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[Problem]:
         yield "teacher", text
     yield from _contradictions_of_several(values, objective)
     kept = [key for key, section in _teachers(values) if section["cache"] != "off"]
-    for key, section in _teachers(values):
-        if section["top_k"] and section["cache"] == "off":
-            yield f"{key}.top_k", 'is of answers that are kept; set cache to "lazy" or "full", or remove it'
     if objective.needs_teacher and not objective.can_be_stored:
         text = f'loss {taught} needs more of the teacher than can be kept in files; set it to "off"'
         yield from ((f"{key}.cache", text) for key in kept)

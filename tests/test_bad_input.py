@@ -305,7 +305,6 @@ RISING = {"name": "linear", "start": 0, "end": 1}
             "unlabelled",
             "loss 'ce' and 'kd' (weight 0) has no use for images without labels; give one that has a weight",
         ),
-        ({"loss": KD, "teacher": {"model_dir": "t", "top_k": 2}}, "teacher.top_k", 'set cache to "lazy" or "full"'),
         ({"loss": [{"name": "ce"}, {"name": "dml", "weight": 1e39}]}, "loss.dml.weight", "from 0 to 1e9"),
         ({"loss": {"name": "dml"}}, "loss", "nothing here trains the classifier"),
         (

@@ -57,6 +57,11 @@ class Loss(nn.Module):
         self.peers = nn.ModuleList()
 
     @property
+    def asks_teacher(self) -> bool:
+        """Whether the teacher's outputs are read; an objective's answer depends on the epoch."""
+        return self.needs_teacher
+
+    @property
     def peer_sections(self) -> list[dict[str, Any]]:
         """Sections of the nets that learn beside the student, if any: the program makes them into `peers`.
 

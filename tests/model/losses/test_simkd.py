@@ -90,7 +90,7 @@ def test_maps_of_another_number_of_channels_name_what_was_forgotten() -> None:
 def test_the_students_last_stage_is_the_projected_one_and_the_teachers_classifier_takes_its_mean() -> None:
     _, net, _, teacher = ready()
     images = torch.randn(4, 3, 16, 16)
-    found = outputs_of(net.eval(), images, frozenset({"features"}))
+    found = outputs_of(net.eval(), images, frozenset({"features", "preacts", "embedding"}))
     assert [tuple(maps.shape) for maps in found.features] == [(4, 3, 8, 8), (4, 6, 4, 4), (4, 8, 4, 4)]
     assert [tuple(maps.shape) for maps in found.preacts] == [(4, 3, 8, 8), (4, 6, 4, 4), (4, 8, 4, 4)]
     torch.testing.assert_close(found.features[-1], found.preacts[-1].relu())
