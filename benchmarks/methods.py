@@ -248,10 +248,10 @@ Pairs: `cnn`, the ancestor's CNN of 16 channels taught by one of 32 that has see
 32; `pooled`, the net `tiny` of width 32 taught by one of 64. Teachers' val accuracy: {teachers}. Weights are those of
 the recipes for ResNet-56 to 20, found on CIFAR-100 with other nets: nothing was tuned here. Initial stages and warm-ups
 take an eighth of the epochs, stages two at least. Terms are means over the images of an epoch and over seeds, weights
-included (without the warm-up's share); "fell": in how many seeds every own term did. Accuracy in percent on the validation images, mean ±
-sample standard deviation; gain: points against the same run without the method, paired by seed, ± half of the
-95 % interval (Student's t). Time: of a whole run by its epochs, validation included, mean over seeds;
-{args.jobs} run(s) at a time.
+included (without the warm-up's share); "fell": in how many seeds every own term did. Accuracy in percent on the
+validation images, mean ± sample standard deviation; gain: points against the same run without the method, paired by
+seed, ± half of the 95 % interval (Student's t). Time: of a whole run by its epochs, validation included, mean over
+seeds; {args.jobs} run(s) at a time.
 
 {tabulate(rows, headers, tablefmt="github")}
 
