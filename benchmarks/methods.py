@@ -254,7 +254,8 @@ Initial stages and warm-ups take an eighth of the epochs, stages two at least. T
 epoch and over seeds, weights included (without the warm-up's share); "fell": in how many seeds every own term did.
 Accuracy in percent on the validation images, mean ± sample standard deviation; gain: points against the same run
 without the method, paired by seed, ± half of the 95 % interval (Student's t). Time: of a whole run by its epochs,
-validation included, mean over seeds; {args.jobs} run(s) at a time.
+validation included, mean over seeds; {args.jobs} run(s) at a time. Rows ran one after the other, so what else the
+machine did shows in them; the costs below, for which methods take turns with KD, compare better.
 
 {tabulate(rows, headers, tablefmt="github")}
 
