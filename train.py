@@ -131,7 +131,7 @@ def train_teachers(
         if own.dataset["name"] != params.dataset["name"]:
             line = f"teacher {teacher_dir} is on dataset {own.dataset['name']!r}, its student {student} on"
             raise RunError(f"{line} {params.dataset['name']!r}; name the same dataset in both", "teacher")
-    if missing and missing == teacher_dirs:
+    if missing and missing == teacher_dirs:  # of a trained one, params.json may have changed since
         with naming(student / "params.json"):
             rehearse(params, sections, theirs)
     for teacher_dir in filter(is_untrained, missing):  # one of them may have been another one's teacher

@@ -126,5 +126,6 @@ def describe_weight(weight: float | Mapping[str, Any]) -> str:
     """Returns a weight as the log has it: a number, or what it does."""
     if not isinstance(weight, Mapping):
         return f"{weight:.4g}"
-    given = [f"{key} {value}" for key, value in weight.items() if value is not None and key != "name"]
-    return f"({weight['name']}: {', '.join(text for text in given if text != 'warmup_epochs 0')})"
+    unsaid = {"name": weight["name"], "warmup_epochs": 0}.items()  # a 0 of any other option says something
+    given = [f"{key} {value}" for key, value in weight.items() if value is not None and (key, value) not in unsaid]
+    return f"({weight['name']}: {', '.join(given)})"
